@@ -1,0 +1,58 @@
+"""Which keys a query may see.
+
+Visibility is an interval: query row i sees keys [lo, hi). Causal and window give it by arithmetic,
+`key_lengths` cuts hi. A boolean mask comes on top, element by element. Everybody who has to know,
+in PyTorch, asks here; `triton/tiles.py` holds the twins for kernels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .spec import AttentionSpec, Inputs
+
+
+def key_bounds(first: int, last: int, spec: AttentionSpec, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
+    """Keys [lo, hi) that at least one of the query rows first ... last (inclusive) may see."""
+    shift = spec.shift(seqlen_q, seqlen_k)
+    lo = 0 if spec.left is None else max(0, first + shift - spec.left)
+    hi = seqlen_k if spec.right is None else min(seqlen_k, last + shift + spec.right + 1)
+    return lo, max(lo, hi)
+
+
+def visible(
+    inputs: Inputs, spec: AttentionSpec, rows: slice = slice(None), cols: slice = slice(None)
+) -> Tensor | None:
+    """Element mask of a block: True where the query row may see the key column.
+
+    rows, cols: slices of the query and the key axis. Returns a bool tensor that broadcasts to
+    (batch, heads_q, rows, cols), or None where everything is visible.
+    """
+    seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
+    device = inputs.q.device
+    start_q, stop_q, _ = rows.indices(seqlen_q)
+    start_k, stop_k, _ = cols.indices(seqlen_k)
+    position = torch.arange(start_q, stop_q, device=device)[:, None] + spec.shift(seqlen_q, seqlen_k)
+    col = torch.arange(start_k, stop_k, device=device)
+    parts: list[Tensor] = []
+    if spec.left is not None:
+        parts.append(col >= position - spec.left)
+    if spec.right is not None:
+        parts.append(col <= position + spec.right)
+    if inputs.key_lengths is not None:
+        parts.append(col < inputs.key_lengths[:, None, None, None])
+    if inputs.mask is not None:
+        parts.append(block_of(inputs.mask, rows, cols))
+    ok = None
+    for part in parts:
+        ok = part if ok is None else ok & part
+    return ok
+
+
+def block_of(x: Tensor, rows: slice, cols: slice) -> Tensor:
+    """The (rows, cols) block of a mask or bias whose axes may have size 1 and then stay so."""
+    return x[:, :, rows if x.shape[2] != 1 else slice(None), cols if x.shape[3] != 1 else slice(None)]

@@ -1,0 +1,63 @@
+"""Dropout's random bits: Philox 4x32-10 (Salmon et al. 2011, section 3.3) in PyTorch.
+
+An element is kept or dropped as a pure function of (seed, batch index, query head, query row, key
+column), so every implementation, device and tile size drops the same ones and backward recomputes
+them. `triton/tiles.py` has the twin for kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+def drop_threshold(dropout_p: float) -> int:
+    """Words at or above this are kept; 2**32 (p = 1) keeps none."""
+    return round(dropout_p * 2**32)
+
+
+def keep_mask(
+    seed: Tensor, dropout_p: float, batch: int, heads: int, rows: Tensor, cols: Tensor, first_head: int = 0
+) -> Tensor:
+    """Which elements dropout keeps: bool, (batch, heads, len(rows), len(cols)).
+
+    rows, cols: int64 positions within the sequence. Key: the 64-bit seed; counter:
+    (col // 4, row, batch·heads + head, 0); lane: col % 4; keep iff word >= round(p·2³²).
+    """
+    blocks, inverse = torch.unique(cols // 4, return_inverse=True)
+    plane = torch.arange(first_head, first_head + batch * heads, device=rows.device).view(batch, heads, 1, 1)
+    shape = (batch, heads, rows.numel(), blocks.numel())
+    words = philox(
+        seed,
+        blocks.expand(shape),
+        rows[:, None].expand(shape),
+        plane.expand(shape),
+        torch.zeros((), dtype=torch.int64, device=rows.device).expand(shape),
+    )
+    lanes = torch.stack(words, dim=-1)[..., inverse, :]  # [batch, heads, rows, cols, 4]
+    index = (cols % 4)[:, None].expand(*lanes.shape[:-1], 1)
+    return lanes.gather(-1, index)[..., 0] >= drop_threshold(dropout_p)
+
+
+def philox(
+    seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words (in int64) for each counter; all int64, same shape."""
+    key0, key1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        hi0, lo0 = _mulhilo(_MULTIPLIERS[0], c0)
+        hi1, lo1 = _mulhilo(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ key0, lo1, hi0 ^ c3 ^ key1, lo0
+        key0, key1 = (key0 + _WEYL[0]) & _WORD, (key1 + _WEYL[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def _mulhilo(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of a 32 x 32 bit product, in int64 without overflow into the sign."""
+    low = multiplier * (x & 0xFFFF)
+    high = multiplier * (x >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)

@@ -1,0 +1,65 @@
+"""The definition of attention: eager, differentiable, in any float dtype.
+
+Reads like the formula and keeps S x S tensors: the specification and, in float64, the oracle.
+Nothing falls back to it. Ordinary autograd differentiates it, to any order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .masks import visible
+from .philox import keep_mask
+from .spec import AttentionSpec, Inputs
+
+
+def attention(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the formula.
+
+    s = softcap·tanh(scale·q·kᵀ/softcap) + bias; p = softmax over visible keys; out = dropout(p)·v.
+    Computes in float32, or float64 for float64 inputs; out has q's dtype.
+    """
+    q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if k.shape[2] == 0:
+        return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -torch.inf, dtype=wide)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    ok = visible(inputs, spec)
+    if ok is not None:
+        ok = ok[(None,) * (4 - ok.ndim)]
+        q = torch.where(ok.any(-1, keepdim=True), q, 0.0)
+        seen = ok.flatten(1, 2).any(1)[:, None, :, None]  # by any row of the batch entry
+        k, v = torch.where(seen, k, 0.0), torch.where(seen, v, 0.0)
+    group = q.shape[1] // max(k.shape[1], 1)
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+
+    s = spec.scale * (q @ k.transpose(-1, -2))
+    if spec.softcap is not None:
+        s = spec.softcap * torch.tanh(s / spec.softcap)
+    if bias is not None:
+        bias = bias.to(wide)
+        s = s + (bias if ok is None else torch.where(ok, bias, 0.0))
+    if ok is not None:
+        s = torch.where(ok, s, -torch.inf)
+
+    alive = ~(s == -torch.inf).all(-1, keepdim=True)
+    s = torch.where(alive, s, 0.0)
+    lse = torch.logsumexp(s, dim=-1, keepdim=True)
+    p = torch.exp(s - lse)
+    if spec.dropout_p > 0.0:
+        p = _dropout(p, inputs, spec)
+    out = torch.where(alive, p @ v, 0.0)
+    lse = torch.where(alive, lse, -torch.inf)
+    return out.to(inputs.q.dtype), lse.squeeze(-1)
+
+
+def _dropout(p: Tensor, inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    if spec.dropout_p == 1.0:
+        return p * 0.0
+    assert inputs.seed is not None
+    batch, heads, seqlen_q, seqlen_k = p.shape
+    rows = torch.arange(seqlen_q, device=p.device)
+    cols = torch.arange(seqlen_k, device=p.device)
+    keep = keep_mask(inputs.seed, spec.dropout_p, batch, heads, rows, cols)
+    return torch.where(keep, p / (1.0 - spec.dropout_p), 0.0)

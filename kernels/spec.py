@@ -1,0 +1,302 @@
+"""What a call asks for: the tensors, the options, and which of them make sense.
+
+Every public call is turned into two values before anything is computed: `Inputs` (the tensors) and
+`AttentionSpec` (everything else, hashable). Implementations see nothing but these two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("reference", "fallback", "triton")
+STATISTICS = ("lse",)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class AttentionOptions(TypedDict, total=False):
+    """Keyword options shared by the public calls."""
+
+    causal: bool
+    window: tuple[int | None, int | None] | None
+    mask: Tensor | None
+    key_lengths: Tensor | None
+    bias: Tensor | None
+    softcap: float | None
+    scale: float | None
+    dropout_p: float
+    seed: int | Tensor | None
+    check: bool
+    want: Sequence[str] | None
+    impl: str | None
+
+
+DEFAULTS: AttentionOptions = {
+    "causal": False,
+    "window": None,
+    "mask": None,
+    "key_lengths": None,
+    "bias": None,
+    "softcap": None,
+    "scale": None,
+    "dropout_p": 0.0,
+    "seed": None,
+    "check": False,
+    "want": None,
+    "impl": None,
+}
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call, validated.
+
+    q: (batch, heads_q, seqlen_q, head_dim); k: (batch, heads_kv, seqlen_k, head_dim);
+    v: (batch, heads_kv, seqlen_k, head_dim_v). Any strides.
+    bias: float; mask: bool, True = may attend; both 4-D, each axis either 1 or its full size, so
+    that nothing broadcast is ever stored. key_lengths: int32 (batch,). seed: int64 scalar tensor.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    key_lengths: Tensor | None = None
+    seed: Tensor | None = None
+
+
+class AttentionSpec(NamedTuple):
+    """Everything about a call that is not a tensor.
+
+    A query at position p sees keys p - left ... p + right, both ends included; None = unbounded.
+    The position of query i is i + (seqlen_k - seqlen_q), or i with `top_left`.
+    """
+
+    scale: float
+    left: int | None = None
+    right: int | None = None
+    top_left: bool = False
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    tf32: bool = False
+
+    def shift(self, seqlen_q: int, seqlen_k: int) -> int:
+        """Position of query 0 on the axis of keys."""
+        return 0 if self.top_left else seqlen_k - seqlen_q
+
+
+class Gradients(NamedTuple):
+    """Gradients of one call; None where nobody asked. dbias has the shape and dtype of bias."""
+
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+    dbias: Tensor | None
+
+
+class AttentionStats(NamedTuple):
+    """What a call with `want` returns; None for what was not asked.
+
+    out: (batch, heads_q, seqlen_q, head_dim_v). lse: (batch, heads_q, seqlen_q) float32 (float64
+    for float64 inputs), natural logarithm of the softmax's denominator, -inf for an empty row.
+    """
+
+    out: Tensor
+    lse: Tensor | None = None
+
+
+def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Inputs:
+    """Check the tensors of a call; broadcast batch-1 inputs by stride; give mask and bias four axes.
+
+    Raises:
+        TypeError: an argument is not a tensor of a dtype it may have.
+        ValueError: shapes or devices do not fit together.
+    """
+    _check_qkv(q, k, v)
+    batch, heads_q, seqlen_q, _ = q.shape
+    seqlen_k = k.shape[2]
+    if k.shape[0] != batch or v.shape[0] != batch:
+        batch = max(batch, k.shape[0], v.shape[0]) if 0 not in (batch, k.shape[0], v.shape[0]) else 0
+        q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1, -1) for x in (q, k, v))
+    target = (batch, heads_q, seqlen_q, seqlen_k)
+    mask, bias, key_lengths = options["mask"], options["bias"], options["key_lengths"]
+    if mask is not None:
+        _check_tensor("mask", mask, q.device)
+        if mask.dtype != torch.bool:
+            raise TypeError(
+                f"mask must be a bool tensor (True = may attend), got {mask.dtype}; "
+                "numbers that are added to the scores go into bias="
+            )
+        mask = _four_axes("mask", mask, target)
+    if bias is not None:
+        _check_tensor("bias", bias, q.device)
+        if bias.dtype not in DTYPES:
+            raise TypeError(
+                f"bias must be a float tensor, got {bias.dtype}; "
+                "a bool tensor that says who may attend goes into mask="
+            )
+        bias = _four_axes("bias", bias, target)
+    if key_lengths is not None:
+        _check_tensor("key_lengths", key_lengths, q.device)
+        if key_lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"key_lengths must be int32 or int64, got {key_lengths.dtype}")
+        if key_lengths.ndim != 1 or key_lengths.shape[0] not in (1, batch):
+            raise ValueError(
+                f"key_lengths must have shape (batch,) = ({batch},), got {tuple(key_lengths.shape)}"
+            )
+        if options["check"]:
+            _check_lengths(key_lengths, seqlen_k)
+        key_lengths = key_lengths.clamp(0, seqlen_k).to(torch.int32).expand(batch)
+    return Inputs(q, k, v, bias, mask, key_lengths, _make_seed(q, options))
+
+
+def make_spec(head_dim: int, options: AttentionOptions, *, top_left: bool, tf32: bool) -> AttentionSpec:
+    """Check the options that are no tensors, and resolve their defaults.
+
+    Raises:
+        TypeError, ValueError: an option is not what it must be; the message names it.
+    """
+    left, right = _window(options["window"])
+    if options["causal"]:
+        right = 0 if right is None else min(right, 0)
+    scale, softcap, dropout_p = options["scale"], options["softcap"], options["dropout_p"]
+    if scale is None:
+        scale = 1.0 / math.sqrt(head_dim)
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be a finite number > 0 or None, got {softcap}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
+    return AttentionSpec(
+        float(scale),
+        left,
+        right,
+        top_left,
+        None if softcap is None else float(softcap),
+        float(dropout_p),
+        tf32,
+    )
+
+
+def check_want(want: Sequence[str] | None) -> Sequence[str]:
+    """The names in `want`, or ValueError."""
+    if want is None:
+        return ()
+    unknown = [name for name in want if name not in STATISTICS] if not isinstance(want, str) else [want]
+    if unknown:
+        raise ValueError(f"want must be a tuple of names out of {STATISTICS}, got {want!r}")
+    return want
+
+
+def _check_tensor(name: str, x: object, device: torch.device | None = None) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name} must be on {device} like q, got {x.device}")
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x)
+        if x.ndim != 4:
+            raise ValueError(
+                f"{name} must have 4 axes (batch, heads, seqlen, head_dim), got shape {tuple(x.shape)}"
+            )
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise TypeError(
+            "q, k and v must share one dtype out of float16, bfloat16, float32, float64, "
+            f"got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+    (bq, hq, _, dq), (bk, hk, sk, dk), (bv, hv, sv, dv) = q.shape, k.shape, v.shape
+    if dq != dk:
+        raise ValueError(f"k must have q's head_dim {dq}, got {dk}")
+    if dq == 0 or dv == 0:
+        raise ValueError(f"head_dim must be at least 1, got {dq} (q, k) and {dv} (v)")
+    if hk != hv:
+        raise ValueError(f"v must have k's number of heads {hk}, got {hv}")
+    if sk != sv:
+        raise ValueError(f"v must have k's seqlen {sk}, got {sv}")
+    if hq != hk and (hk == 0 or hq % hk != 0):
+        raise ValueError(
+            f"heads of q ({hq}) must be a multiple of heads of k and v ({hk}): grouped-query attention"
+        )
+    if bq != bk or bq != bv:
+        batch = next((b for b in (bq, bk, bv) if b != 1), 1)
+        if any(b not in (1, batch) for b in (bq, bk, bv)):
+            raise ValueError(f"batch sizes of q, k, v must be equal or 1, got {bq}, {bk}, {bv}")
+
+
+def _four_axes(name: str, x: Tensor, target: tuple[int, int, int, int]) -> Tensor:
+    """View x with four axes, right-aligned, each 1 or the target's."""
+    shape = x.shape
+    if len(shape) > 4 or any(a != 1 and a != b for a, b in zip(reversed(shape), reversed(target))):
+        raise ValueError(
+            f"{name} must broadcast, right-aligned, to (batch, heads_q, seqlen_q, seqlen_k) = "
+            f"{tuple(target)}, got shape {tuple(shape)}"
+        )
+    return x if len(shape) == 4 else x[(None,) * (4 - len(shape))]
+
+
+def _check_lengths(key_lengths: Tensor, seqlen_k: int) -> None:
+    low, high = int(key_lengths.min()), int(key_lengths.max())
+    if low < 0 or high > seqlen_k:
+        raise ValueError(
+            f"key_lengths must lie in [0, seqlen_k] = [0, {seqlen_k}], got values from {low} to {high}"
+        )
+
+
+def _make_seed(q: Tensor, options: AttentionOptions) -> Tensor | None:
+    seed = options["seed"]
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(
+                f"seed must be an int or an int64 tensor with one element, "
+                f"got {seed.dtype} with shape {tuple(seed.shape)}"
+            )
+        if seed.device != q.device:
+            raise ValueError(f"seed must be on {q.device} like q, got {seed.device}")
+    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed must be an int or an int64 tensor, got {type(seed).__name__}")
+    if options["dropout_p"] == 0.0:
+        return None
+    if isinstance(seed, Tensor):
+        return seed.reshape(())
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=q.device)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
+    return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=q.device)
+
+
+def _window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window must be a pair (left, right) or None, got {window!r}")
+    for name, side in (("left", window[0]), ("right", window[1])):
+        if side is None:
+            continue
+        if isinstance(side, bool) or not isinstance(side, int):
+            raise TypeError(f"window {name} must be an int or None, got {side!r}")
+        if side < 0:
+            raise ValueError(f"window {name} must be >= 0, or None for unbounded, got {side}")
+    return window[0], window[1]
+
+
+def like(x: Tensor, head_dim: int) -> Tensor:
+    """Uninitialised (batch, heads, seqlen, head_dim) in x's physical order, dense.
+
+    A transposed view of (batch, seqlen, heads, head_dim) gets an output of that kind, so that the
+    model's next transpose and reshape copy nothing.
+    """
+    batch, heads, seqlen, _ = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(batch, seqlen, heads, head_dim).transpose(1, 2)
+    return x.new_empty(batch, heads, seqlen, head_dim)
