@@ -1,0 +1,185 @@
+"""The right answer, and how hard each of its elements is to compute.
+
+The answer is the reference in float64 on the same quantised inputs, its gradients by autograd. The
+hardness is a condition number per element: the sum that makes the element, on absolute values, so
+that an allowed error can scale with what rounding must do to it (Higham 2002, chapter 3).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import reference
+from ..kernels.spec import AttentionSpec, Inputs
+
+ACCUMULATION_ROUNDOFF = {
+    torch.float16: 2.0**-24,
+    torch.bfloat16: 2.0**-24,
+    torch.float32: 2.0**-24,
+    torch.float64: 2.0**-53,
+}
+ROUNDOFF = ACCUMULATION_ROUNDOFF | {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+class Results(NamedTuple):
+    """Everything attention computes for one problem; None = was not asked. Shapes as in `spec`."""
+
+    out: Tensor | None = None
+    lse: Tensor | None = None
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+    dbias: Tensor | None = None
+
+
+class Oracle(NamedTuple):
+    """The float64 answer and what a rounding error is measured against, element by element.
+
+    value: the answer. cond: sums of absolute values. score_cond: the same sums with each query row
+    weighted by its largest score (before cancellation): what an error of the scores is multiplied
+    by. underflow: sums of the operand that meets a probability or a score gradient in a product: what
+    a subnormal one costs. dtype: of q, k and v.
+    """
+
+    value: Results
+    cond: Results
+    score_cond: Results
+    underflow: Results
+    dtype: torch.dtype
+
+
+def solve(
+    inputs: Inputs, spec: AttentionSpec, dout: Tensor | None = None, dlse: Tensor | None = None
+) -> Oracle:
+    """The oracle of one problem. Gradients only with dout, (batch, heads_q, seqlen_q, head_dim_v).
+
+    With p the probabilities, D = keep/(1 - dropout_p) (1 without dropout), P = D·p:
+
+        cond(out) = Σ_j P|v|                     cond(dv) = Σ_i P|dout|
+        A_i = Σ_d |dout| cond(out)               T = p·(|D·dp - delta + dlse| + A + |dlse|)
+        cond(dq) = |scale|·Σ_j c·T|k|            cond(dk) = |scale|·Σ_i c·T|q|        cond(dbias) = T
+
+    dk and dv are summed over the query heads of a group, dbias over the axes that bias broadcasts.
+    dlse is subtracted from delta, hence its place beside A. Dropout only rescales: its bits are
+    exact. c is softcap's derivative 1 - t² with t = tanh; scores are never rounded to 16 bits, so it
+    enters as it is, except that the subtraction leaves an error of the accumulation's roundoff
+    however small the difference: c = 1 - t² + t²·u(accumulation)/u.
+
+    A row's weight in score_cond is L_i = max_j c·|scale|·Σ|q||k| + |softcap·t| + |bias| over the keys
+    that have p > 0: with the accumulation's roundoff, what its scores may be wrong by.
+    """
+    dtype = inputs.q.dtype
+    exact = _double(inputs)
+    dout = None if dout is None else dout.double()
+    dlse = None if dlse is None else dlse.double()
+    value = _answer(exact, spec, dout, dlse)
+    assert value.lse is not None
+
+    p, kept = _probabilities(exact, spec)
+    live_row = (value.lse > -torch.inf)[..., None]
+    live_key = _grouped(p, exact.k.shape[1]).gt(0).any(2)[..., None]
+    q = torch.where(live_row, exact.q, 0.0).abs()
+    k, v = (torch.where(live_key, x, 0.0) for x in (exact.k, exact.v))
+    group = q.shape[1] // max(k.shape[1], 1)
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+
+    slope, level = _scores(torch.where(live_row, exact.q, 0.0), k, exact.bias, spec, dtype)
+    level = torch.where(p > 0, level, 0.0)
+    weight = level.amax(-1, keepdim=True) if level.shape[-1] else torch.zeros_like(live_row, dtype=p.dtype)
+    k, v, visited = k.abs(), v.abs(), (p > 0).double()
+
+    cond_out = kept @ v
+    cond = Results(cond_out, torch.where(live_row, 1 + value.lse[..., None].abs(), 1.0)[..., 0])
+    score_cond = Results(cond_out * weight, weight[..., 0])
+    underflow = Results(visited @ v, torch.zeros_like(weight[..., 0]))
+    if dout is None:
+        return Oracle(value, cond, score_cond, underflow, dtype)
+
+    grad = torch.where(live_row, dout, 0.0).abs()
+    grad_lse = torch.zeros_like(weight) if dlse is None else torch.where(live_row, dlse[..., None], 0.0).abs()
+    loose = (grad * cond_out).sum(-1, keepdim=True) + grad_lse
+    terms = _score_gradient(exact, spec, dout, dlse).abs() + p * loose
+    scaled = abs(spec.scale) * slope * terms
+    heads_kv = exact.k.shape[1]
+
+    def gradients(scaled: Tensor, kept: Tensor, terms: Tensor) -> dict[str, Tensor | None]:
+        return {
+            "dq": scaled @ k,
+            "dk": _over_group(scaled.mT @ q, heads_kv),
+            "dv": _over_group(kept.mT @ grad, heads_kv),
+            "dbias": None if exact.bias is None else terms.sum_to_size(exact.bias.shape),
+        }
+
+    scaled_visits = abs(spec.scale) * visited
+    return Oracle(
+        value,
+        cond._replace(**gradients(scaled, kept, terms)),
+        score_cond._replace(**gradients(scaled * weight, kept * weight, terms * weight)),
+        underflow._replace(**gradients(scaled_visits, visited, torch.zeros_like(terms))),
+        dtype,
+    )
+
+
+def _double(inputs: Inputs) -> Inputs:
+    bias = None if inputs.bias is None else inputs.bias.detach().double()
+    q, k, v = (x.detach().double() for x in inputs[:3])
+    return inputs._replace(q=q, k=k, v=v, bias=bias)
+
+
+def _answer(inputs: Inputs, spec: AttentionSpec, dout: Tensor | None, dlse: Tensor | None) -> Results:
+    """The reference and its gradients; those of a problem without keys are zeros."""
+    if dout is None:
+        return Results(*reference.attention(inputs, spec))
+    leaves = [x.requires_grad_() for x in (*inputs[:3], inputs.bias) if x is not None]
+    with torch.enable_grad():
+        out, lse = reference.attention(inputs, spec)
+    if out.requires_grad:
+        roots, seeds = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
+        grads = torch.autograd.grad(roots, leaves, seeds, allow_unused=True, materialize_grads=True)
+    else:
+        grads = [torch.zeros_like(x) for x in leaves]
+    for x in leaves:
+        x.requires_grad_(False)
+    return Results(out.detach(), lse.detach(), *grads)
+
+
+def _probabilities(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """The softmax before and after dropout: what the reference does to an identity."""
+    batch, heads_kv, seqlen_k, _ = inputs.k.shape
+    eye = torch.eye(seqlen_k, dtype=torch.float64, device=inputs.k.device)
+    reader = inputs._replace(v=eye.expand(batch, heads_kv, -1, -1))
+    return tuple(reference.attention(reader, s)[0] for s in (spec._replace(dropout_p=0.0), spec))
+
+
+def _score_gradient(inputs: Inputs, spec: AttentionSpec, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    """p·(D·dp - delta + dlse): the gradient of a bias that gives every score its own element."""
+    shape = (*inputs.q.shape[:3], inputs.k.shape[2])
+    bias = dout.new_zeros(shape) if inputs.bias is None else inputs.bias.expand(shape).clone()
+    dbias = _answer(inputs._replace(bias=bias), spec, dout, dlse).dbias
+    assert dbias is not None
+    return dbias
+
+
+def _scores(
+    q: Tensor, k: Tensor, bias: Tensor | None, spec: AttentionSpec, dtype: torch.dtype
+) -> tuple[Tensor | float, Tensor]:
+    """Softcap's derivative as it can be computed, and each score's sum of absolute values."""
+    slope: Tensor | float = 1.0
+    level = abs(spec.scale) * (q.abs() @ k.abs().mT)
+    if spec.softcap is not None:
+        t2 = torch.tanh(spec.scale * (q @ k.mT) / spec.softcap).square()
+        slope = 1 - t2 + t2 * (ACCUMULATION_ROUNDOFF[dtype] / ROUNDOFF[dtype])
+        level = (1 - t2) * level + spec.softcap * t2.sqrt()
+    return slope, level if bias is None else level + bias.abs()
+
+
+def _grouped(x: Tensor, heads_kv: int) -> Tensor:
+    """Query heads and rows of one kv head along one axis: [batch, heads_kv, group * rows, cols]."""
+    return x.reshape(x.shape[0], heads_kv, -1, x.shape[-1]) if x.numel() else x[:, :heads_kv]
+
+
+def _over_group(x: Tensor, heads_kv: int) -> Tensor:
+    return x if x.shape[1] == heads_kv else x.unflatten(1, (heads_kv, -1)).sum(2)
