@@ -1,3 +1,16 @@
-"""Fused attention you can trust: one meaning on every path, every gradient, on any machine."""
+"""Fused attention you can trust: one meaning on every path, every gradient, on any machine.
+
+    from undivided import attention
+
+    out = attention(q, k, v, causal=True)  # q, k, v: (batch, heads, seqlen, head_dim)
+
+`attention` runs Triton kernels on a GPU and linear-memory PyTorch elsewhere; `explain` says which
+and why. Importing touches no device, file or global setting and imports no triton.
+"""
+
+from .kernels.explain import Explanation, explain
+from .kernels.functional import attention, scaled_dot_product_attention
+from .kernels.spec import AttentionStats
 
 __version__ = "0.1.0"
+__all__ = ["AttentionStats", "Explanation", "attention", "explain", "scaled_dot_product_attention"]

@@ -24,6 +24,30 @@ def key_bounds(first: int, last: int, spec: AttentionSpec, seqlen_q: int, seqlen
     return lo, max(lo, hi)
 
 
+def visible_scores(spec: AttentionSpec, seqlen_q: int, seqlen_k: int) -> int:
+    """How many (query, key) pairs causal and window leave visible, per batch entry and head."""
+    shift = spec.shift(seqlen_q, seqlen_k)
+    if spec.left is None and spec.right is None:
+        return seqlen_q * seqlen_k
+    below = 0 if spec.left is None else _clipped_sum(shift - spec.left, seqlen_q, seqlen_k)
+    upto = (
+        seqlen_q * seqlen_k
+        if spec.right is None
+        else _clipped_sum(shift + spec.right + 1, seqlen_q, seqlen_k)
+    )
+    return upto - below
+
+
+def _clipped_sum(start: int, count: int, limit: int) -> int:
+    """Sum of start + i over i in [0, count), each term clipped to [0, limit]."""
+
+    def positive_part(first: int) -> int:
+        a, b = max(first, 0), max(first + count, 0)
+        return (b * (b - 1) - a * (a - 1)) // 2
+
+    return positive_part(start) - positive_part(start - limit)
+
+
 def visible(
     inputs: Inputs, spec: AttentionSpec, rows: slice = slice(None), cols: slice = slice(None)
 ) -> Tensor | None:

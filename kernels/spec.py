@@ -125,7 +125,7 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
     target = (batch, heads_q, seqlen_q, seqlen_k)
     mask, bias, key_lengths = options["mask"], options["bias"], options["key_lengths"]
     if mask is not None:
-        _check_tensor("mask", mask, q.device)
+        check_tensor("mask", mask, q.device)
         if mask.dtype != torch.bool:
             raise TypeError(
                 f"mask must be a bool tensor (True = may attend), got {mask.dtype}; "
@@ -133,7 +133,7 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
             )
         mask = _four_axes("mask", mask, target)
     if bias is not None:
-        _check_tensor("bias", bias, q.device)
+        check_tensor("bias", bias, q.device)
         if bias.dtype not in DTYPES:
             raise TypeError(
                 f"bias must be a float tensor, got {bias.dtype}; "
@@ -141,7 +141,7 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
             )
         bias = _four_axes("bias", bias, target)
     if key_lengths is not None:
-        _check_tensor("key_lengths", key_lengths, q.device)
+        check_tensor("key_lengths", key_lengths, q.device)
         if key_lengths.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"key_lengths must be int32 or int64, got {key_lengths.dtype}")
         if key_lengths.ndim != 1 or key_lengths.shape[0] not in (1, batch):
@@ -193,7 +193,7 @@ def check_want(want: Sequence[str] | None) -> Sequence[str]:
     return want
 
 
-def _check_tensor(name: str, x: object, device: torch.device | None = None) -> None:
+def check_tensor(name: str, x: object, device: torch.device | None = None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if device is not None and x.device != device:
@@ -202,7 +202,7 @@ def _check_tensor(name: str, x: object, device: torch.device | None = None) -> N
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x)
+        check_tensor(name, x)
         if x.ndim != 4:
             raise ValueError(
                 f"{name} must have 4 axes (batch, heads, seqlen, head_dim), got shape {tuple(x.shape)}"

@@ -1,0 +1,77 @@
+"""Who computes a call: why each implementation can or cannot, the choice, and the way to it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .spec import IMPLEMENTATIONS, AttentionSpec, Inputs
+
+MAX_HEAD_DIM = 256
+DEFAULT_IMPL = os.environ.get("UNDIVIDED_IMPL") or "auto"
+
+
+def unsupported_reasons(impl: str, inputs: Inputs, spec: AttentionSpec) -> list[str]:
+    """Why `impl` cannot take the call; empty if it can."""
+    if impl != "triton":
+        return []
+    q, v = inputs.q, inputs.v
+    reasons = list(_triton_is_missing(q.device))
+    if q.dtype == torch.float64:
+        reasons.append("dtype float64 is computed by the reference and the fallback only")
+    for name, head_dim in (("head_dim", q.shape[-1]), ("head_dim of v", v.shape[-1])):
+        if head_dim > MAX_HEAD_DIM:
+            reasons.append(f"{name} {head_dim} is larger than {MAX_HEAD_DIM}")
+    return reasons
+
+
+def choose(impl: str | None, inputs: Inputs, spec: AttentionSpec) -> str:
+    """The implementation to run: an order is followed or refused, "auto" finds one.
+
+    Returns "auto" itself where kernels are tried first and the fallback if they do not compile.
+
+    Raises:
+        ValueError: no such implementation. NotImplementedError: an order that cannot be followed.
+    """
+    impl = DEFAULT_IMPL if impl is None else impl
+    if impl == "auto":
+        if inputs.q.device.type == "cuda" and not unsupported_reasons("triton", inputs, spec):
+            return "auto"
+        return "fallback"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    reasons = unsupported_reasons(impl, inputs, spec)
+    if reasons:
+        raise NotImplementedError(
+            f"impl={impl!r} cannot take this call: {'; '.join(reasons)}. impl='auto' would run the fallback"
+        )
+    return impl
+
+
+def run(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) by what `choose` returned."""
+    if impl == "reference":
+        return reference.attention(inputs, spec)
+    return ops.attention(inputs, spec, impl)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _triton_is_missing(device: torch.device) -> tuple[str, ...]:
+    """Reasons that lie in the machine, asked once per device."""
+    if importlib.util.find_spec("triton") is None:
+        return ("triton is not installed",)
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return (f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0",)
+        return ()
+    if device.type == "meta":
+        return ()
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return ()
+    return (f"device {device.type} runs no Triton kernel (on CPU: only with TRITON_INTERPRET=1)",)

@@ -1,0 +1,152 @@
+"""What would run, and why nothing else: `explain` takes the arguments of a call and computes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import dispatch, evidence
+from .flops import backward_flops, forward_flops
+from .functional import prepare, with_options
+from .masks import key_bounds
+from .spec import IMPLEMENTATIONS, AttentionOptions, AttentionSpec, Inputs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+TILE = 128
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Printable answer of `explain`.
+
+    chosen: implementation that would run; None where an order cannot be followed.
+    reasons: for each implementation, why it cannot or does not run; empty for the chosen one.
+    evidence: what is known of the chosen implementation on this kind of device.
+    flops_forward, flops_backward: useful operations, counted from the scores causal and window leave.
+    bytes_forward: size of the tensors a forward must read and write once.
+    tiles, tiles_visited: tiles of 128 x 128 scores per batch entry and head, and how many causal and
+    window leave to visit.
+    """
+
+    call: str
+    chosen: str | None
+    reasons: dict[str, list[str]]
+    evidence: str
+    flops_forward: int
+    flops_backward: int
+    bytes_forward: int
+    tiles: int
+    tiles_visited: int
+
+    def __str__(self) -> str:
+        lines = [self.call, f"  runs       {self.chosen or 'nothing: the order cannot be followed'}"]
+        lines.append(f"  evidence   {self.evidence}")
+        for name, reasons in self.reasons.items():
+            lines += [f"  not {name:<11}{reason}" for reason in reasons]
+        skipped = self.tiles - self.tiles_visited
+        lines += [
+            f"  work       {_si(self.flops_forward)}FLOP forward, {_si(self.flops_backward)}FLOP backward",
+            f"  memory     {_si(self.bytes_forward)}B to read and write once, forward",
+            f"  tiles      {self.tiles_visited} of {self.tiles} visited, {skipped} skipped ({TILE} x {TILE}, "
+            "per batch entry and head)",
+        ]
+        return "\n".join(lines)
+
+
+@with_options
+def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AttentionOptions]) -> Explanation:
+    """Which implementation `attention` would run for these arguments, and why each other one would not.
+
+    Takes what `attention` takes, meta tensors too. Raises what `attention` raises for wrong input; an
+    impl= that cannot take the call is explained, not raised.
+    """
+    inputs, spec = prepare(q, k, v, options)
+    order = options.get("impl") or dispatch.DEFAULT_IMPL
+    chosen: str | None
+    try:
+        choice = dispatch.choose(order, inputs, spec)
+        chosen = "triton" if choice == "auto" else choice
+    except NotImplementedError:
+        chosen = None
+    reasons = {
+        name: dispatch.unsupported_reasons(name, inputs, spec)
+        or [_passed_over(name, order, inputs.q.device.type)]
+        for name in IMPLEMENTATIONS
+        if name != chosen
+    }
+    seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
+    shapes = inputs.q.shape, inputs.k.shape, inputs.v.shape
+    return Explanation(
+        call=_describe(inputs, spec),
+        chosen=chosen,
+        reasons=reasons,
+        evidence=evidence.state_of(chosen, architecture(inputs.q.device)) if chosen else "none",
+        flops_forward=forward_flops(*shapes, spec),
+        flops_backward=backward_flops(*shapes, spec),
+        bytes_forward=_bytes(inputs),
+        tiles=-(-seqlen_q // TILE) * -(-seqlen_k // TILE),
+        tiles_visited=_tiles_visited(spec, seqlen_q, seqlen_k),
+    )
+
+
+def architecture(device: torch.device) -> str:
+    """Name under which evidence is kept: "cpu", "sm_90", "gfx942", ..."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _passed_over(name: str, order: str, device_type: str) -> str:
+    if order != "auto":
+        return f"impl={order!r} was asked for"
+    if name == "reference":
+        return "the reference keeps seqlen_q x seqlen_k tensors and runs only when asked for"
+    if name == "triton":
+        if device_type == "meta":
+            return "it would take the call on a CUDA GPU"
+        return "on CPU the interpreter runs only when asked for"
+    return "a kernel takes the call"
+
+
+def _describe(inputs: Inputs, spec: AttentionSpec) -> str:
+    q, k, v = inputs.q, inputs.k, inputs.v
+    parts = [
+        f"attention of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {q.dtype}, {q.device}"
+    ]
+    if spec.left is not None or spec.right is not None:
+        parts.append(f"window ({spec.left}, {spec.right}), {'top-left' if spec.top_left else 'bottom-right'}")
+    parts += [name for name, x in inputs._asdict().items() if x is not None and name not in "qkv"]
+    parts += [f"{name} {getattr(spec, name)}" for name in ("softcap", "dropout_p") if getattr(spec, name)]
+    return "; ".join(parts)
+
+
+def _bytes(inputs: Inputs) -> int:
+    q, v = inputs.q, inputs.v
+    tensors = [x for x in inputs if x is not None]
+    read = sum(x.numel() * x.element_size() for x in tensors)
+    rows = q.numel() // q.shape[-1]
+    return read + rows * (v.shape[-1] * q.element_size() + 4)
+
+
+def _tiles_visited(spec: AttentionSpec, seqlen_q: int, seqlen_k: int) -> int:
+    visited = 0
+    for first in range(0, seqlen_q, TILE):
+        lo, hi = key_bounds(first, min(first + TILE, seqlen_q) - 1, spec, seqlen_q, seqlen_k)
+        visited += -(-hi // TILE) - lo // TILE if hi > lo else 0
+    return visited
+
+
+def _si(value: float) -> str:
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}"
+        value /= 1000
+    return f"{value:.3g} P"

@@ -1,0 +1,48 @@
+"""Useful floating point operations of a call, for explain() and torch.utils.flop_counter."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from .masks import visible_scores
+from .spec import AttentionSpec, Inputs
+
+N_INPUTS = len(Inputs._fields)
+
+
+def forward_flops(q_shape: Any, k_shape: Any, v_shape: Any, spec: AttentionSpec) -> int:
+    """Two products over the scores that causal and window leave visible."""
+    return _flops(q_shape, k_shape, v_shape, spec, products_qk=1, products_v=1)
+
+
+def backward_flops(q_shape: Any, k_shape: Any, v_shape: Any, spec: AttentionSpec) -> int:
+    """Five products over the visible scores: three with head_dim, two with head_dim_v."""
+    return _flops(q_shape, k_shape, v_shape, spec, products_qk=3, products_v=2)
+
+
+@functools.cache
+def register(namespace: str) -> None:
+    """Tell torch.utils.flop_counter; only once it is loaded, because loading it imports triton."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    operators = getattr(torch.ops, namespace)
+
+    @register_flop_formula(operators.forward)  # type: ignore[untyped-decorator]
+    def _(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return forward_flops(*args[:3], AttentionSpec(*args[N_INPUTS:-1]))
+
+    @register_flop_formula(operators.backward)  # type: ignore[untyped-decorator]
+    def _(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        inputs = args[4:]
+        return backward_flops(*inputs[:3], AttentionSpec(*inputs[N_INPUTS:-2]))
+
+
+def _flops(
+    q_shape: Any, k_shape: Any, v_shape: Any, spec: AttentionSpec, products_qk: int, products_v: int
+) -> int:
+    batch, heads, seqlen_q, head_dim = q_shape
+    scores = batch * heads * visible_scores(spec, seqlen_q, k_shape[2])
+    return 2 * scores * (products_qk * head_dim + products_v * v_shape[3])

@@ -1,0 +1,194 @@
+"""The public calls: options in, tensors out.
+
+Each one validates, turns its arguments into `Inputs` and `AttentionSpec`, and hands them to
+`dispatch`. The options are typed once, in `spec.AttentionOptions`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .spec import (
+    DEFAULTS,
+    AttentionOptions,
+    AttentionSpec,
+    AttentionStats,
+    Inputs,
+    check_tensor,
+    check_want,
+    make_inputs,
+    make_spec,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def with_options(call: _F) -> _F:
+    """Show `**options` as what they are in help() and in editors."""
+    signature = inspect.signature(call)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for (name, default), annotation in zip(
+            DEFAULTS.items(), AttentionOptions.__annotations__.values(), strict=True
+        )
+    ]
+    call.__signature__ = signature.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
+    return call
+
+
+@with_options
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AttentionOptions]
+) -> Tensor | AttentionStats:
+    """Softmax attention: softmax(scale·q·kᵀ + bias over the keys a query may see) · v.
+
+    Shapes: q (batch, heads_q, seqlen_q, head_dim), k (batch, heads_kv, seqlen_k, head_dim),
+    v (batch, heads_kv, seqlen_k, head_dim_v), any strides; float16, bfloat16, float32, float64.
+    heads_q is a multiple of heads_kv: query heads 0 ... g-1 share key head 0. A batch of 1 broadcasts.
+    Returns out (batch, heads_q, seqlen_q, head_dim_v) in q's dtype and physical order.
+
+    Query i stands at position i + (seqlen_k - seqlen_q): the last query sees the last key.
+
+    Options:
+        causal: a query sees no key after its position.
+        window: (left, right): the query at p sees keys p - left ... p + right, both ends included;
+            None is unbounded. causal means right = 0.
+        mask: bool, True = may attend; broadcasts, right-aligned, to (batch, heads_q, seqlen_q, seqlen_k).
+        key_lengths: int (batch,): keys at or past it are hidden; moves no position.
+        bias: float, added to the scores in float32; broadcasts like mask; differentiable.
+        softcap: scores become softcap·tanh(scores / softcap) before the bias (Gemma 2 report, section 2).
+        scale: any finite number; 1/sqrt(head_dim) by default.
+        dropout_p: probability of dropping a weight, in [0, 1]; the others grow by 1/(1 - dropout_p).
+        seed: int or int64 tensor that decides which are dropped; drawn from PyTorch's generator if None.
+        check: also check values that live on the device (key_lengths); synchronises.
+        want: names of statistics to return as well, out of ("lse",): then an AttentionStats is returned.
+        impl: "auto", "reference", "fallback" or "triton". None: the environment variable UNDIVIDED_IMPL,
+            else "auto", which never raises for valid input; an order that cannot be followed raises.
+
+    mask, causal, window and key_lengths are ANDed. A row that sees nothing gives out 0, lse -inf and
+    zero gradients. Keys that no query of a batch entry may see can hold NaN: it reaches nothing.
+
+    Raises:
+        ValueError, TypeError: an argument is not what it must be; the message names it.
+        NotImplementedError: impl= names an implementation that cannot take the call; lists every reason.
+    """
+    want = check_want(options.get("want"))
+    inputs, spec = prepare(q, k, v, options)
+    out, lse = _run(inputs, spec, options.get("impl"))
+    if not want:
+        return out
+    return AttentionStats(out, lse if "lse" in want else None)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, same signature and conventions.
+
+    query (..., heads_q, seqlen_q, head_dim), key (..., heads_kv, seqlen_k, head_dim), value
+    (..., heads_kv, seqlen_k, head_dim_v); leading axes broadcast. attn_mask: bool (True = may attend)
+    or float (added). is_causal is aligned top-left and excludes attn_mask. Heads may differ only with
+    enable_gqa. A row that may attend nothing gives 0.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, x)
+        if x.ndim < 2:
+            raise ValueError(f"{name} must have at least 2 axes (seqlen, head_dim), got {tuple(x.shape)}")
+    if is_causal and attn_mask is not None:
+        raise ValueError("attn_mask must be None when is_causal is True, as in PyTorch")
+    lead = _leading_axes(query, key, value, enable_gqa)
+    q, k, v = (_to_four_axes(x, lead) for x in (query, key, value))
+    if attn_mask is not None:
+        check_tensor("attn_mask", attn_mask)
+        if attn_mask.ndim > 4:
+            heads = lead[-1:] if lead else ()
+            attn_mask = attn_mask.expand(*lead[:-1], *heads, *attn_mask.shape[-2:])
+            attn_mask = attn_mask.reshape(-1, *attn_mask.shape[-3:])
+    options: AttentionOptions = {"causal": is_causal, "dropout_p": dropout_p, "scale": scale}
+    if attn_mask is not None:
+        options["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
+    inputs, spec = prepare(q, k, v, options, top_left=True)
+    out, _ = _run(inputs, spec, None)
+    return out if query.ndim == 4 and len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+
+
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *, top_left: bool = False
+) -> tuple[Inputs, AttentionSpec]:
+    """Validate a call and turn it into what implementations see; q, k, v as autocast wants them."""
+    filled: AttentionOptions = {**DEFAULTS, **options}
+    if len(filled) != len(DEFAULTS):
+        unknown = next(name for name in options if name not in DEFAULTS)
+        raise TypeError(f"unknown option {unknown!r}; the options are {', '.join(DEFAULTS)}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
+    dtype = _autocast_dtype(q.device.type)
+    if dtype is not None:
+        q, k, v = (
+            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v)
+        )
+    inputs = make_inputs(q, k, v, filled)
+    tf32 = q.dtype == torch.float32 and q.device.type == "cuda" and _tf32_allowed()
+    return inputs, make_spec(q.shape[-1], filled, top_left=top_left, tf32=tf32)
+
+
+def _run(inputs: Inputs, spec: AttentionSpec, impl: str | None) -> tuple[Tensor, Tensor]:
+    impl = dispatch.choose(impl, inputs, spec)
+    device_type = inputs.q.device.type
+    active = _autocast_dtype(device_type) is not None
+    with torch.autocast(device_type, enabled=False) if active else contextlib.nullcontext():
+        return dispatch.run(inputs, spec, impl)
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts q, k, v to on this device, as for PyTorch's own attention; None if off."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _tf32_allowed() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _leading_axes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """Axes of the result before (seqlen, head_dim)."""
+    try:
+        if enable_gqa:
+            batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+            return (*batch, *query.shape[-3:-2])
+        return tuple(torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2]))
+    except RuntimeError as error:
+        raise ValueError(
+            f"leading axes of query {tuple(query.shape)}, key {tuple(key.shape)} and value "
+            f"{tuple(value.shape)} must broadcast; different numbers of heads need enable_gqa=True"
+        ) from error
+
+
+def _to_four_axes(x: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """Broadcast the batch axes of x to those of `lead`; a missing heads axis is 1."""
+    while x.ndim < 3:
+        x = x[None]
+    heads = x.shape[-3] if x.shape[-3] != 1 or not lead else 1
+    batch = lead[:-1]
+    x = x.expand(*batch, heads, *x.shape[-2:])
+    return x if len(batch) == 1 else x.reshape(-1, *x.shape[-3:])

@@ -1,0 +1,295 @@
+"""The operators of torch.library and the autograd around them.
+
+Two operators, `undivided::forward` and `undivided::backward`, take every tensor and every field of
+`AttentionSpec`; their schemas are written from those two types. They are opaque to torch.compile and
+torch.export and have fakes, vmap rules and FLOP formulas. Autograd lives in plain autograd.Functions
+around them: registering it with the operator costs 50 µs a call, loses torch.func.grad, and returns
+silent zeros under forward-mode AD.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import flops
+from .spec import AttentionSpec, Gradients, Inputs, like
+
+NAMESPACE = "undivided"
+N_INPUTS, N_SPEC = len(Inputs._fields), len(AttentionSpec._fields)
+
+# Modules that offer attention_forward and attention_backward, in the order in which they are tried.
+_CHAINS = {
+    "fallback": ("fallback",),
+    "triton": ("triton",),
+    "auto": ("triton", "fallback"),
+}
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "float": "float",
+    "float | None": "float?",
+    "int | None": "SymInt?",
+    "bool": "bool",
+}
+
+
+def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]:
+    """(out, lse), differentiable once in q, k, v and bias."""
+    if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
+        flops.register(NAMESPACE)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _TransformableAttention.apply(*inputs, spec, impl)  # type: ignore[no-any-return]
+    q, k, v, bias = inputs[:4]
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Attention.apply(*inputs, spec, impl)  # type: ignore[no-any-return]
+    return _forward_op(*inputs, *spec, impl)
+
+
+class _Attention(torch.autograd.Function):
+    """The plain way: eager and torch.compile."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, spec, impl = args
+        out, lse = _forward_op(*tensors, *spec, impl)
+        _save(ctx, args, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Grad mode is on under create_graph: somebody may differentiate again, through q, k, v too.
+        return _gradients(_Backward.apply if torch.is_grad_enabled() else _backward_op, ctx, dout, dlse)
+
+
+class _TransformableAttention(torch.autograd.Function):
+    """The same for torch.func transforms and forward-mode AD; its calls cost several times more."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, spec, impl = args
+        return _forward_op(*tensors, *spec, impl)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(_Backward.apply, ctx, dout, dlse)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise NotImplementedError(
+            "forward-mode AD (torch.func.jvp, forward_ad) is not available for fused attention; "
+            "impl='reference' has it, with seqlen_q x seqlen_k memory"
+        )
+
+
+class _Backward(torch.autograd.Function):
+    """The backward operator, refusing to be differentiated: never silent zeros."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _backward_op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(_TWICE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise NotImplementedError(_TWICE)
+
+
+_TWICE = (
+    "fused attention is differentiable once; impl='reference' is differentiable to any order, "
+    "with seqlen_q x seqlen_k memory"
+)
+
+
+def _save(ctx: Any, args: tuple[Any, ...], out: Tensor, lse: Tensor) -> None:
+    *tensors, ctx.spec, ctx.impl = args
+    ctx.save_for_backward(*tensors, out, lse)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    operator: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Call the backward operator; one gradient per argument of forward."""
+    *tensors, out, lse = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:4])
+    if dout is None:
+        dout = torch.zeros_like(out)
+    grads = operator(dout, dlse, out, lse, *tensors, *ctx.spec, ctx.impl, needs)
+    wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
+    return (*wanted, *(None,) * (N_INPUTS - 4 + 2))
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """Body of undivided::forward."""
+    inputs, spec, impl = Inputs(*args[:N_INPUTS]), AttentionSpec(*args[N_INPUTS:-1]), args[-1]
+    if _is_empty(inputs):
+        out, lse = _allocate_forward(*args)
+        return out.zero_(), lse.fill_(-torch.inf)
+    return _first_that_compiles(impl, "attention_forward", inputs, spec)  # type: ignore[no-any-return]
+
+
+def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Body of undivided::backward. A gradient nobody needs is an empty tensor."""
+    *rest, impl, needs = args
+    inputs, spec = Inputs(*rest[:N_INPUTS]), AttentionSpec(*rest[N_INPUTS:])
+    if _is_empty(inputs):
+        return tuple(g.zero_() for g in _allocate_backward(dout, dlse, out, lse, *args))
+    with torch.autocast(dout.device.type, enabled=False):
+        grads: Gradients = _first_that_compiles(
+            impl, "attention_backward", dout, dlse, out, lse, inputs, spec, tuple(needs)
+        )
+    return tuple(dout.new_empty(0) if g is None else g for g in grads)
+
+
+def _allocate_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """Shapes, dtypes and strides of what `_forward` returns."""
+    inputs = Inputs(*args[:N_INPUTS])
+    q, v = inputs.q, inputs.v
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+def _allocate_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    """Shapes, dtypes and strides of what `_backward` returns."""
+    inputs, needs = Inputs(*args[:N_INPUTS]), args[-1]
+    grads = [like(x, x.shape[3]) if need else dout.new_empty(0) for x, need in zip(inputs[:3], needs[:3])]
+    bias = inputs.bias
+    dbias = dout.new_empty(0) if bias is None or not needs[3] else bias.new_empty(bias.shape)
+    return (*grads, dbias)
+
+
+def _is_empty(inputs: Inputs) -> bool:
+    return inputs.q.numel() == 0 or inputs.k.numel() == 0
+
+
+def _first_that_compiles(impl: str, function: str, *args: Any) -> Any:
+    """Run `function` of the implementation, or of the next one if a kernel cannot be built.
+
+    Only failures before a launch are caught; after a fault on the device nothing is retried.
+    """
+    chain = _CHAINS[impl]
+    for name in chain[:-1]:
+        module = _implementation(name)
+        try:
+            return getattr(module, function)(*args)
+        except module.BUILD_ERRORS as error:
+            warnings.warn(
+                f"undivided: {name} could not build a kernel and the {chain[-1]} runs instead: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return getattr(_implementation(chain[-1]), function)(*args)
+
+
+def _implementation(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __package__)
+
+
+def _fold_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """vmap of undivided::forward."""
+    return _vmap(_forward_op, 0, info, in_dims, args)
+
+
+def _fold_vmap_backward(
+    info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """vmap of undivided::backward."""
+    return _vmap(_backward_op, 4, info, in_dims, args)
+
+
+def _vmap(
+    operator: Any, first: int, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Fold the mapped axis into the batch; `first` is where the tensors of Inputs start.
+
+    With a bias (its gradient is a sum over the batch of one example) or dropout (its bits depend on
+    the batch index within one example) the examples run one after the other.
+    """
+    size = info.batch_size
+    inputs = Inputs(*args[first : first + N_INPUTS])
+    n_tensors = first + N_INPUTS
+    flat_dims = [*in_dims[:n_tensors]]
+    if inputs.bias is not None or inputs.seed is not None:
+        runs = [
+            operator(
+                *(
+                    x.select(d, i) if d is not None else x
+                    for x, d in zip(args[:n_tensors], flat_dims, strict=True)
+                ),
+                *args[n_tensors:],
+            )
+            for i in range(size)
+        ]
+        return tuple(torch.stack(outs) for outs in zip(*runs, strict=True)), (0,) * len(runs[0])
+    folded = []
+    for x, d in zip(args[:n_tensors], flat_dims, strict=True):
+        if x is None:
+            folded.append(None)
+            continue
+        x = x.movedim(d, 0) if d is not None else x.expand(size, *x.shape)
+        folded.append(x.reshape(-1, *x.shape[2:]))
+    outs = operator(*folded, *args[n_tensors:])
+    return tuple(o.unflatten(0, (size, -1)) if o.ndim > 1 else o for o in outs), tuple(
+        0 if o.ndim > 1 else None for o in outs
+    )
+
+
+def _schema(types: type[Inputs] | type[AttentionSpec]) -> str:
+    annotations = {name: getattr(t, "__forward_arg__", t) for name, t in types.__annotations__.items()}
+    return ", ".join(f"{_SCHEMA_TYPES[t]} {name}" for name, t in annotations.items())
+
+
+_ARGUMENTS = f"{_schema(Inputs)}, {_schema(AttentionSpec)}, str impl"
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _signature, _body, _fake, _vmap_rule in (
+    (
+        "forward",
+        f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+        _forward,
+        _allocate_forward,
+        _fold_vmap,
+    ),
+    (
+        "backward",
+        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARGUMENTS}, bool[4] needs)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        _backward,
+        _allocate_backward,
+        _fold_vmap_backward,
+    ),
+):
+    _qualified = f"{NAMESPACE}::{_name}"
+    _library.define(_name + _signature, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _body, "CompositeExplicitAutograd")
+    torch.library.register_fake(_qualified, _fake, lib=_library)
+    torch.library.register_vmap(_qualified, _vmap_rule, lib=_library)
+
+_operators = getattr(torch.ops, NAMESPACE)
+_forward_op, _backward_op = _operators.forward.default, _operators.backward.default
