@@ -160,7 +160,7 @@ def visible_keys(
         lo = tl.maximum(first_row + shift - left, 0)
         every_lo = tl.maximum(last_row + shift - left, 0)
     if right is not None:
-        hi = tl.minimum(last_row + shift + right + 1, n_keys)
+        hi = tl.maximum(tl.minimum(last_row + shift + right + 1, n_keys), 0)
         every_hi = tl.maximum(tl.minimum(first_row + shift + right + 1, n_keys), 0)
     full_lo = tl.minimum((every_lo + BLOCK_K - 1) // BLOCK_K * BLOCK_K, hi)
     full_hi = tl.maximum(every_hi // BLOCK_K * BLOCK_K, full_lo)
@@ -192,7 +192,7 @@ def visible_queries(
         lo = tl.maximum(first_col - shift - right, 0)
         every_lo = tl.maximum(last_col - shift - right, 0)
     if left is not None:
-        hi = tl.minimum(last_col - shift + left + 1, hi)
+        hi = tl.maximum(tl.minimum(last_col - shift + left + 1, hi), 0)
         every_hi = tl.maximum(tl.minimum(first_col - shift + left + 1, every_hi), 0)
     full_lo = tl.minimum((every_lo + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q, hi)
     full_hi = tl.maximum(every_hi // BLOCK_Q * BLOCK_Q, full_lo)
@@ -259,24 +259,24 @@ def tanh_and_slope(x):
 
 
 @triton.jit
-def online_softmax(s, m, l, unit, MAY_BE_EMPTY: tl.constexpr):
+def online_softmax(s, row_max, row_sum, unit, MAY_BE_EMPTY: tl.constexpr):
     """One step of the running softmax (Milakov and Gimelshein 2018; Dao et al. 2022, algorithm 1).
 
-    s: scores [BLOCK_Q, BLOCK_K] in units of `unit`. m: running maximum in the same units, l: running
-    sum. Returns (p, alpha, m, l); what was accumulated so far is to be multiplied by alpha.
+    s: scores [BLOCK_Q, BLOCK_K] in units of `unit`. row_max: running maximum in the same units.
+    Returns (p, alpha, row_max, row_sum); what was accumulated so far is to be multiplied by alpha.
     MAY_BE_EMPTY: a row may have no finite score yet; -inf - -inf must not happen there.
     """
-    m_next = tl.maximum(m, tl.max(s, 1))
-    # fma(s, unit, -round(m·unit)) is off by the rounding of m·unit, which overflows exp2 once that
+    next_max = tl.maximum(row_max, tl.max(s, 1))
+    # fma(s, unit, -round(max·unit)) is off by the rounding of max·unit, which overflows exp2 once that
     # exceeds 2^27. Products with a power of two are exact; scores that large carry an absolute error
     # that makes the difference between it and the unit (less than a factor of 2) irrelevant.
-    row_unit = tl.where(tl.abs(m_next * unit) > HUGE_SCORE, power_of_two(unit), unit)
-    offset = m_next * row_unit
+    row_unit = tl.where(tl.abs(next_max * unit) > HUGE_SCORE, power_of_two(unit), unit)
+    offset = next_max * row_unit
     if MAY_BE_EMPTY:
-        offset = tl.where(m_next == float("-inf"), 0.0, offset)
+        offset = tl.where(next_max == float("-inf"), 0.0, offset)
     p = tl.math.exp2(s * row_unit[:, None] - offset[:, None])
-    alpha = tl.math.exp2(m * row_unit - offset)
-    return p, alpha, m_next, l * alpha + tl.sum(p, 1)
+    alpha = tl.math.exp2(row_max * row_unit - offset)
+    return p, alpha, next_max, row_sum * alpha + tl.sum(p, 1)
 
 
 @triton.jit
@@ -286,11 +286,11 @@ def power_of_two(x):
 
 
 @triton.jit
-def natural_lse(m, l, scale, softcap, bias):
+def natural_lse(row_max, row_sum, scale, softcap, bias):
     """Logarithm of the softmax's denominator, -inf for a row without any."""
     if softcap is None and bias is None:
-        m = m * scale
-    return tl.where(l == 0.0, float("-inf"), m + tl.log(l))
+        row_max = row_max * scale
+    return tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log(row_sum))
 
 
 @triton.jit
