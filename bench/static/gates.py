@@ -1,0 +1,53 @@
+"""What a compiled kernel must look like before it ships. A gate says what is wrong, in a sentence.
+
+The limits on slots are the best that a study of launch shapes reached for the same loops, plus about a
+tenth: a change that makes the compiler issue more per score is seen here before any GPU is at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .report import PRODUCTS, Row
+from .targets import TARGETS
+
+# (architecture, kernel, head_dim) -> instructions other than matrix ones per score and thread, main loop.
+SLOTS = {
+    ("sm_90", "forward", 64): 7.6,
+    ("sm_90", "forward", 128): 8.7,
+    ("sm_90", "forward", 256): 15.5,
+    ("sm_90", "dkdv", 64): 10.5,
+    ("sm_90", "dkdv", 128): 12.0,
+    ("sm_90", "dq", 64): 9.0,
+    ("sm_90", "dq", 128): 9.0,
+    ("sm_80", "forward", 64): 9.0,
+    ("sm_80", "forward", 128): 16.5,
+}
+SPILLS_OUTSIDE_LOOPS = 32
+
+
+def failures(row: Row) -> Iterator[str]:
+    """Every gate the row misses."""
+    figures, variant, target = row.figures, row.variant, TARGETS[row.architecture]
+    if figures is None:
+        yield f"does not compile: {row.error}"
+        return
+    if figures.shared > target.shared_per_cta:
+        yield f"{figures.shared} bytes of shared memory, {target.shared_per_cta} are there"
+    if row.kernel not in PRODUCTS or variant.dtype == "float32":
+        return
+    if figures.matrix != (target.matrix_instruction,):
+        yield f"matrix instructions {figures.matrix}, must be {target.matrix_instruction} alone"
+    if row.architecture in ("sm_80", "sm_90") and variant.head_dim in (64, 128):
+        if figures.spills_in_loops:
+            yield f"{figures.spills_in_loops} spills inside a loop"
+        if figures.spills > SPILLS_OUTSIDE_LOOPS:
+            yield f"{figures.spills} spills, at most {SPILLS_OUTSIDE_LOOPS} outside loops"
+    loop = figures.main_loop
+    if variant.options != "plain" or loop is None or loop.slots is None:
+        return
+    limit = SLOTS.get((row.architecture, row.kernel, variant.head_dim))
+    if limit is not None and loop.slots > limit:
+        yield f"{loop.slots:.2f} slots per score, at most {limit}"
+    if row.kernel == "forward" and loop.ffma < 0.9 * loop.exp2:
+        yield f"{loop.ffma} FFMA for {loop.exp2} exp2: the scale is no longer folded into the exponent"

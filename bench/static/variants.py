@@ -1,0 +1,98 @@
+"""Which calls the lane compiles: the real launchers run on tensors without data, under an absent GPU."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels import spec as contract
+from ...kernels.triton import attention_backward, attention_forward
+from .absent_gpu import absent_gpu
+from .report import PRODUCTS, Row, Variant, figures
+from .targets import TARGETS
+
+BATCH, HEADS_Q, HEADS_KV, SEQLEN = 2, 8, 2, 2048
+
+
+def _tensor(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "plain": dict,
+    "causal": lambda: {"causal": True},
+    "window": lambda: {"window": (512, 0)},
+    "lengths": lambda: {"key_lengths": _tensor(BATCH, dtype=torch.int32)},
+    "mask": lambda: {"mask": _tensor(BATCH, 1, SEQLEN, SEQLEN, dtype=torch.bool)},
+    "bias": lambda: {"bias": _tensor(1, HEADS_Q, SEQLEN, SEQLEN, dtype=torch.bfloat16)},
+    "softcap": lambda: {"softcap": 30.0},
+    "dropout": lambda: {"dropout_p": 0.1},
+    "all": lambda: {
+        "causal": True,
+        "key_lengths": _tensor(BATCH, dtype=torch.int32),
+        "mask": _tensor(BATCH, 1, 1, SEQLEN, dtype=torch.bool),
+        "bias": _tensor(1, HEADS_Q, SEQLEN, SEQLEN, dtype=torch.float32),
+        "softcap": 30.0,
+        "dropout_p": 0.1,
+    },
+}
+
+
+def full() -> list[tuple[str, Variant]]:
+    """Everything that ships, on every architecture: each option, head dimension and dtype."""
+    cases = [
+        *itertools.product((64, 128), ("bfloat16",), OPTIONS),
+        *itertools.product((32, 256), ("bfloat16",), ("plain", "all")),
+        *itertools.product((64, 128), ("float16",), ("plain",)),
+        *itertools.product((64, 128), ("float32",), ("plain", "all")),
+    ]
+    return [(name, Variant(*case)) for name in TARGETS for case in cases]
+
+
+def sample() -> list[tuple[str, Variant]]:
+    """What a change is checked with: the plain loops wherever a gate looks, and each option once."""
+    plain = [Variant(head_dim, "bfloat16", "plain") for head_dim in (64, 128)]
+    options = [Variant(128, "bfloat16", name) for name in OPTIONS if name != "plain"]
+    return [
+        *(("sm_90", variant) for variant in (*plain, *options)),
+        *(("sm_80", variant) for variant in plain),
+        ("sm_90", Variant(64, "float32", "plain")),
+        ("sm_100", plain[1]),
+        ("sm_120", plain[1]),
+        ("gfx942", plain[1]),
+    ]
+
+
+def compile_variant(architecture: str, variant: Variant) -> list[Row]:
+    """Compile the kernels of a forward and a backward; one row each, and one for an error."""
+    target = TARGETS[architecture]
+    rows: list[Row] = []
+    error = None
+    with absent_gpu(target) as launches:
+        try:
+            call(variant)
+        except Exception as reason:  # whatever the compiler raises is what the row reports
+            error = f"{type(reason).__name__}: {reason}".splitlines()[0]
+    for launch in launches:
+        name = launch.function.__name__
+        measured = figures(launch.kernel, target, PRODUCTS.get(name), variant.head_dim)
+        rows.append(Row(architecture, name, variant, measured))
+    if error is not None:
+        rows.append(Row(architecture, f"after {len(rows)} kernels", variant, None, error))
+    return rows
+
+
+def call(variant: Variant) -> None:
+    """Forward and backward as `ops` calls them, on tensors without data."""
+    dtype = getattr(torch, variant.dtype)
+    q, dout = (_tensor(BATCH, HEADS_Q, SEQLEN, variant.head_dim, dtype=dtype) for _ in range(2))
+    k, v = (_tensor(BATCH, HEADS_KV, SEQLEN, variant.head_dim, dtype=dtype) for _ in range(2))
+    options: contract.AttentionOptions = {**contract.DEFAULTS, **OPTIONS[variant.options]()}  # type: ignore[typeddict-item]
+    inputs = contract.make_inputs(q, k, v, options)
+    spec = contract.make_spec(variant.head_dim, options, top_left=False, tf32=False)
+    out, lse = attention_forward(inputs, spec)
+    attention_backward(dout, None, out, lse, inputs, spec, (True, True, True, inputs.bias is not None))

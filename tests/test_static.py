@@ -1,0 +1,175 @@
+"""The static figures are right: on kernels compiled here for GPUs that are not, and on planted faults."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the compile lane needs Triton")
+
+import triton.language as tl  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from undivided.bench.static import gates, report, sass  # noqa: E402
+from undivided.bench.static.absent_gpu import absent_gpu  # noqa: E402
+from undivided.bench.static.instructions import classify, product_of  # noqa: E402
+from undivided.bench.static.loops import hot_loops  # noqa: E402
+from undivided.bench.static.targets import TARGETS  # noqa: E402
+
+LISTING = """
+\t.section\t.text.k,"ax",@progbits
+k:
+.text.k:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R2], [R4.64] ;
+.L_x_2:
+        /*0020*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R5 &wr=0x1 ?wait=5 ;
+        /*0030*/              @!P0 BRA `(.L_x_2) ;
+        /*0040*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], RZ, !UPT ;
+        /*0050*/                   MUFU.EX2 R3, R3 ;
+        /*0060*/                   STL [R1], R3 ;
+        /*0070*/              @P1  BRA `(.L_x_1) ;
+        /*0080*/                   STL [R1+0x4], R3 ;
+        /*0090*/                   EXIT ;
+.L_x_3:
+        /*00a0*/                   BRA `(.L_x_3);
+"""
+
+
+def test_loop_with_a_nested_wait_is_one_hot_loop() -> None:
+    """A spin-wait inside the main loop must not be taken for the innermost loop."""
+    (function,) = sass.parse(LISTING)
+    (iteration,) = hot_loops(function)
+    assert [ins.base for ins in iteration] == [
+        "LDGSTS",
+        "SYNCS",
+        "BRA",
+        "HGMMA",
+        "MUFU",
+        "STL",
+        "BRA",
+    ]
+    assert function.instructions[2].operands == "P0, [UR4], R5"  # without the scheduling notes
+
+
+@pytest.mark.parametrize(
+    ("op", "flops"),
+    [
+        ("HGMMA.64x128x16.F32.BF16", 2 * 64 * 128 * 16 / 4),
+        ("HMMA.16816.F32", 2 * 16 * 8 * 16),
+        ("FFMA", None),
+    ],
+)
+def test_flops_of_a_matrix_instruction(op: str, flops: float | None) -> None:
+    product = product_of(sass.Instruction("", op, ""))
+    assert (product and product.flops_per_warp) == flops
+
+
+def test_classes() -> None:
+    """LDL and STL are the spills; an EX2 is not any MUFU."""
+    ops = {"LDL.LU": "spill", "STL": "spill", "MUFU.EX2": "exp2", "MUFU.RCP": "other", "FFMA": "ffma"}
+    assert {op: classify(sass.Instruction("", op, "")) for op in ops} == ops
+
+
+@JITFunction  # not @triton.jit: compiled even where TRITON_INTERPRET=1 is set for other tests
+def product_loop(a, b, out, steps, SIZE: tl.constexpr):
+    """out = Σ exp2(aᵢ·b): a main loop with a product of SIZE³ and SIZE² exponentials."""
+    offsets = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    right = tl.load(b + offsets)
+    total = tl.full([SIZE, SIZE], 0.0, tl.float32)
+    for i in range(steps):
+        left = tl.load(a + i * SIZE * SIZE + offsets)
+        total += tl.math.exp2(tl.dot(left, right))
+    tl.store(out + offsets, total)
+
+
+def compiled(architecture: str, **options: Any) -> report.Figures:
+    size = 64
+    a, b, out = (
+        torch.empty(size, size, dtype=d, device="meta") for d in (torch.half, torch.half, torch.float)
+    )
+    with absent_gpu(TARGETS[architecture]) as launches:
+        product_loop[(1,)](a, b, out, 7, SIZE=size, num_warps=4, **options)
+    return report.figures(launches[0].kernel, TARGETS[architecture], products=1, head_dim=size)
+
+
+@pytest.fixture(params=["sm_80", "sm_90"])
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_figures_of_a_small_kernel(architecture: str) -> None:
+    """Work per iteration is known in advance: SIZE³ products and SIZE² exponentials over 4 warps."""
+    figures = compiled(architecture)
+    loop = figures.main_loop
+    assert loop is not None
+    assert loop.matrix_flops * 4 == 2 * 64**3
+    assert loop.exp2 * 32 * 4 == 64 * 64
+    assert figures.matrix == (TARGETS[architecture].matrix_instruction,)
+    assert (figures.spills, figures.spills_in_loops) == (0, 0)
+    assert figures.ctas_per_sm is not None
+    assert figures.ctas_per_sm > 1
+    assert loop.slots == 32 * (loop.instructions - loop.matrix) / (64 * 64 / 4)
+
+
+def test_spills_are_found_in_the_loop(architecture: str) -> None:
+    """Too few registers for the accumulators: the compiler has to spill, and we must see where."""
+    figures = compiled(architecture, maxnreg=64)
+    assert figures.registers <= 64
+    assert figures.spills_in_loops > 0
+
+
+def test_amd_figures_come_from_the_assembly() -> None:
+    figures = compiled("gfx942")
+    assert figures.matrix == ("v_mfma",)
+    assert figures.registers > 0
+
+
+VARIANT = report.Variant(128, "bfloat16", "plain")
+GOOD = report.Figures(
+    registers=200,
+    spills=0,
+    spills_in_loops=0,
+    shared=100 * 1024,
+    num_warps=8,
+    num_stages=2,
+    ctas_per_sm=1,
+    matrix=("HGMMA",),
+    main_loop=report.Loop(500, 16, exp2=66, ffma=66, spills=0, matrix_flops=2**20, slots=8.0),
+)
+
+
+def missed(**changes: Any) -> list[str]:
+    assert GOOD.main_loop is not None
+    loop = dataclasses.replace(
+        GOOD.main_loop, **{name: changes.pop(name) for name in ("slots", "ffma") if name in changes}
+    )
+    figures = dataclasses.replace(GOOD, main_loop=loop, **changes)
+    return list(gates.failures(report.Row("sm_90", "forward", VARIANT, figures)))
+
+
+@pytest.mark.parametrize(
+    ("fault", "word"),
+    [
+        ({"spills_in_loops": 1}, "inside a loop"),
+        ({"spills": 100}, "100 spills"),
+        ({"shared": 2**20}, "shared memory"),
+        ({"matrix": ("HMMA",)}, "HGMMA"),
+        ({"matrix": ("HGMMA", "HMMA")}, "HGMMA"),
+        ({"slots": 30.0}, "30.00 slots"),
+        ({"ffma": 2}, "2 FFMA"),
+    ],
+)
+def test_gates_catch_planted_faults(fault: dict[str, Any], word: str) -> None:
+    assert missed() == []
+    (sentence,) = missed(**fault)
+    assert word in sentence
+
+
+def test_what_does_not_compile_misses_the_gate() -> None:
+    row = report.Row("sm_90", "forward", VARIANT, None, "OutOfResources: shared memory")
+    assert list(gates.failures(row)) == ["does not compile: OutOfResources: shared memory"]
