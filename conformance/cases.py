@@ -1,0 +1,292 @@
+"""What to ask an attention function: named problems as plain data.
+
+A case says shapes, options and kinds of numbers; `build` draws the tensors, the same ones on every
+device. Tests, benchmarks and the check of other people's kernels read the same list.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from ..kernels.functional import prepare
+from ..kernels.spec import AttentionOptions, AttentionSpec, Inputs
+from .distributions import draw
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A mask or bias: what is in it, which axes of "bhqk" it has (the others are 1), its dtype.
+
+    Leading axes that it lacks are left out of its shape altogether: "qk" is (seqlen_q, seqlen_k).
+    dtype only for bias; None = q's.
+    """
+
+    pattern: str = "random"
+    axes: str = "bhqk"
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem, without its numbers. key_lengths are repeated over the batch."""
+
+    name: str
+    batch: int = 2
+    heads_q: int = 2
+    heads_kv: int = 2
+    seqlen_q: int = 33
+    seqlen_k: int = 33
+    head_dim: int = 16
+    head_dim_v: int | None = None
+    causal: bool = False
+    top_left: bool = False
+    window: tuple[int | None, int | None] | None = None
+    key_lengths: tuple[int, ...] | None = None
+    mask: Extra | None = None
+    bias: Extra | None = None
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    scale: float | None = None
+    layout: str = "bhsd"
+    distribution: str = "randn"
+
+    def build(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Problem:
+        """Draw the numbers: on the CPU, then moved, so that every device answers the same question."""
+        generator = torch.Generator().manual_seed(seed)
+        sizes = {"b": self.batch, "h": self.heads_q, "q": self.seqlen_q, "k": self.seqlen_k}
+        head_dim_v = self.head_dim_v or self.head_dim
+        shapes = (
+            (self.batch, self.heads_q, self.seqlen_q, self.head_dim),
+            (self.batch, self.heads_kv, self.seqlen_k, self.head_dim),
+            (self.batch, self.heads_kv, self.seqlen_k, head_dim_v),
+            (self.batch, self.heads_q, self.seqlen_q, head_dim_v),
+        )
+        operands = draw(self.distribution, shapes, generator)
+        lay_out = LAYOUTS[self.layout]
+        q, k, v, dout = (lay_out(x.to(device, dtype)) for x in operands)
+        dlse = torch.randn(shapes[0][:3], generator=generator).mul(operands.dout.abs().mean() * 2)
+        if dtype == torch.float64:
+            dlse = dlse.double()
+
+        options: AttentionOptions = {"causal": self.causal, "window": self.window, "softcap": self.softcap}
+        options |= {"scale": self.scale, "dropout_p": self.dropout_p, "seed": 2**40 + seed}
+        if self.key_lengths is not None:
+            lengths = list(itertools.islice(itertools.cycle(self.key_lengths), self.batch))
+            options["key_lengths"] = torch.tensor(lengths, dtype=torch.int32, device=device)
+        if self.mask is not None:
+            mask = torch.rand(_shape(self.mask.axes, sizes), generator=generator) > 0.3
+            options["mask"] = _squeezed(MASKS[self.mask.pattern](mask)).to(device)
+        if self.bias is not None:
+            bias = torch.randn(_shape(self.bias.axes, sizes), generator=generator)
+            bias = BIASES[self.bias.pattern](bias, generator)
+            options["bias"] = _squeezed(bias).to(device, self.bias.dtype or dtype)
+        return Problem(q, k, v, options, dout, dlse.to(device), self.top_left)
+
+
+class Problem(NamedTuple):
+    """A case with its numbers: the tensors and options of one call, and the gradients that come back."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    options: AttentionOptions
+    dout: Tensor
+    dlse: Tensor
+    top_left: bool = False
+
+    def prepared(self) -> tuple[Inputs, AttentionSpec]:
+        """The same as implementations see it."""
+        return prepare(self.q, self.k, self.v, self.options, top_left=self.top_left)
+
+
+def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
+    return tuple(size if axis in axes else 1 for axis, size in sizes.items())
+
+
+def _squeezed(x: Tensor) -> Tensor:
+    """Without its leading axes of size 1."""
+    while x.ndim > 0 and x.shape[0] == 1:
+        x = x[0]
+    return x
+
+
+def _without(axis: int, start: int, step: int) -> Callable[[Tensor], Tensor]:
+    """Hide every step-th row or column."""
+
+    def hide(mask: Tensor) -> Tensor:
+        index = torch.arange(mask.shape[axis])
+        hidden = (index - start) % step == 0
+        return mask & ~hidden.view([-1 if a == axis % 4 else 1 for a in range(4)])
+
+    return hide
+
+
+def _padding(left: bool) -> Callable[[Tensor], Tensor]:
+    """Batch entry b is one third longer than entry b - 1, modulo the length."""
+
+    def pad(mask: Tensor) -> Tensor:
+        batch, length = mask.shape[0], mask.shape[3]
+        kept = (length * (torch.arange(batch) + 1) // 3) % (length + 1)
+        real = torch.arange(length) < kept[:, None, None, None]
+        return real.flip(-1) if left else real
+
+    return pad
+
+
+MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "random": lambda mask: mask,
+    "padding_right": _padding(left=False),
+    "padding_left": _padding(left=True),
+    "empty_rows": _without(2, 1, 3),
+    "empty_columns": _without(3, 0, 4),
+    "first_entry_empty": _without(0, 0, 2),
+    "nothing": torch.zeros_like,
+}
+
+
+def _with_hidden(bias: Tensor, generator: Generator) -> Tensor:
+    return bias.masked_fill(torch.rand(bias.shape, generator=generator) < 0.3, -torch.inf)
+
+
+def _with_hidden_rows(bias: Tensor, generator: Generator) -> Tensor:
+    rows = torch.arange(bias.shape[2])[:, None] % 5 == 2
+    return _with_hidden(bias, generator).masked_fill(rows, -torch.inf)
+
+
+BIASES: dict[str, Callable[[Tensor, Generator], Tensor]] = {
+    "random": lambda bias, _: bias,
+    "hidden": _with_hidden,
+    "hidden_rows": _with_hidden_rows,
+    "large": lambda bias, _: bias.clamp(-3, 3) * 2e4,
+    "shift_down": lambda bias, _: bias - 5e4,
+}
+
+
+def _copied(view: Tensor, x: Tensor) -> Tensor:
+    view.copy_(x)
+    return view
+
+
+def _sliced(x: Tensor) -> Tensor:
+    batch, heads, seqlen, head_dim = x.shape
+    return _copied(x.new_zeros(batch, heads + 1, 2 * seqlen, head_dim + 3)[:, 1:, ::2, 2:-1], x)
+
+
+def _interleaved(x: Tensor) -> Tensor:
+    batch, heads, seqlen, head_dim = x.shape
+    return _copied(x.new_zeros(batch, seqlen, 3, heads, head_dim)[:, :, 1].transpose(1, 2), x)
+
+
+def _misaligned(x: Tensor) -> Tensor:
+    return _copied(x.new_zeros(x.numel() + 1)[1:].view(x.shape), x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bhsd": lambda x: x,
+    "bshd": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "sliced": _sliced,
+    "interleaved": _interleaved,
+    "misaligned": _misaligned,
+    "last_stride_2": lambda x: _copied(x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])[..., ::2], x),
+    "head_dim_outermost": lambda x: x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
+    "expanded_heads": lambda x: x[:, :1].expand(x.shape),
+    "expanded_batch": lambda x: x[:1].expand(x.shape),
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "window": {"window": (5, 1)},
+    "key_lengths": {"key_lengths": (21, 0, 40)},
+    "mask": {"mask": Extra("empty_rows")},
+    "bias": {"bias": Extra(axes="hqk")},
+    "softcap": {"softcap": 1.5},
+    "dropout": {"dropout_p": 0.3},
+    "scale": {"scale": -0.4},
+    "gqa": {"heads_q": 4},
+    "rectangular": {"seqlen_k": 50},
+}
+
+
+def _options() -> list[Case]:
+    """Every option alone and every pair of them."""
+    single = [Case(name, **fields) for name, fields in OPTIONS.items()]
+    pairs = itertools.combinations(OPTIONS.items(), 2)
+    return single + [Case(f"{a}+{b}", **(x | y)) for (a, x), (b, y) in pairs]
+
+
+def _shapes() -> list[Case]:
+    lengths = [(1, 1), (1, 7), (7, 1), (2, 2), (16, 17), (17, 16), (33, 65), (65, 33), (113, 203), (203, 113)]
+    sizes = [Case(f"{m}x{n}", seqlen_q=m, seqlen_k=n, batch=1) for m, n in lengths]
+    causal = [replace(case, name=f"causal {case.name}", causal=True) for case in sizes]
+    top_left = [replace(case, name=f"top-left {case.name}", top_left=True) for case in causal]
+    dims = [
+        (1, None),
+        (3, None),
+        (40, None),
+        (64, None),
+        (80, None),
+        (128, None),
+        (192, 128),
+        (64, 32),
+        (32, 64),
+    ]
+    heads = [Case(f"head_dim {d}x{e or d}", batch=1, head_dim=d, head_dim_v=e) for d, e in dims]
+    groups = [(2, 1), (6, 3), (6, 2), (8, 1), (7, 1)]
+    gqa = [Case(f"heads {m}x{n}", batch=1, seqlen_q=17, heads_q=m, heads_kv=n) for m, n in groups]
+    gqa += [replace(case, name=f"causal {case.name}", causal=True) for case in gqa]
+    nothing = [("batch", 0), ("seqlen_q", 0), ("seqlen_k", 0)]
+    return sizes + causal + top_left + heads + gqa + [Case(f"no {n}", **{n: size}) for n, size in nothing]
+
+
+def _visibility() -> list[Case]:
+    windows = [(0, 0), (3, None), (None, 2), (5, 1), (0, None), (None, 0), (100, 100)]
+    window = [Case(f"window {w}", window=w, seqlen_k=40) for w in windows]
+    window += [Case(f"causal window {w}", window=w, causal=True, seqlen_q=40) for w in windows[1:4]]
+    window += [replace(c, name=f"top-left {c.name}", top_left=True) for c in window[3:4] + window[-1:]]
+    lengths = [(0,), (1, 33), (16, 17), (33, 34), (0, 5)]
+    length = [Case(f"key_lengths {n}", key_lengths=n) for n in lengths]
+    length += [Case(f"causal key_lengths {n}", key_lengths=n, causal=True, seqlen_q=40) for n in lengths[1:]]
+    axes = ["bhqk", "hqk", "qk", "k", "bk", "bqk", "bhk", "q", "bh", "h", ""]
+    mask = [Case(f"mask {a or 'scalar'}", mask=Extra("random", a)) for a in axes]
+    patterns = [
+        ("padding_right", "bk"),
+        ("padding_left", "bk"),
+        ("padding_left", "bhqk"),
+        ("empty_rows", "q"),
+    ]
+    patterns += [
+        ("empty_columns", "k"),
+        ("empty_columns", "bqk"),
+        ("first_entry_empty", "b"),
+        ("nothing", "qk"),
+    ]
+    mask += [Case(f"mask {p} {a}", mask=Extra(p, a)) for p, a in patterns]
+    mask += [Case(f"causal mask {p} {a}", mask=Extra(p, a), causal=True) for p, a in patterns[1:4]]
+    return window + length + mask
+
+
+def _numbers() -> list[Case]:
+    axes = ["bhqk", "hqk", "qk", "k", "bk", "bqk", "bhk", "bhq", "h", ""]
+    bias = [Case(f"bias {a or 'scalar'}", bias=Extra("random", a)) for a in axes]
+    bias += [Case(f"bias {p}", bias=Extra(p, "hqk", torch.float32)) for p in BIASES if p != "random"]
+    dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    bias += [Case(f"bias {d}".replace("torch.", ""), bias=Extra("random", "bqk", d)) for d in dtypes]
+    bias += [Case("bias causal hidden", bias=Extra("hidden", "hqk", torch.float32), causal=True)]
+    scales = [0.0, -1.0, 1e-8, 8.0]
+    options = [Case(f"scale {x:g}", scale=x) for x in scales]
+    options += [Case(f"softcap {x:g}", softcap=x, scale=1.0) for x in (0.5, 30.0)]
+    options += [Case(f"dropout {p:g}", dropout_p=p) for p in (0.1, 1.0)]
+    kinds = ["uniform", "peaky", "tiny", "mean_v", "ones_v", "low_rank", "outlier_channel"]
+    numbers = [Case(f"{kind} numbers", distribution=kind, head_dim=64, seqlen_k=65) for kind in kinds]
+    layouts = [Case(f"layout {x}", layout=x, heads_q=4, seqlen_q=17) for x in LAYOUTS if x != "bhsd"]
+    layouts += [Case(f"causal layout {x}", layout=x, causal=True) for x in ("bshd", "expanded_heads")]
+    return bias + options + numbers + layouts
+
+
+CASES: tuple[Case, ...] = (*_options(), *_shapes(), *_visibility(), *_numbers())
