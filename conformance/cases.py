@@ -120,9 +120,8 @@ def _without(axis: int, start: int, step: int) -> Callable[[Tensor], Tensor]:
     """Hide every step-th row or column."""
 
     def hide(mask: Tensor) -> Tensor:
-        index = torch.arange(mask.shape[axis])
-        hidden = (index - start) % step == 0
-        return mask & ~hidden.view([-1 if a == axis % 4 else 1 for a in range(4)])
+        hidden = torch.arange(mask.shape[axis]) % step == start
+        return mask & ~hidden.view([-1 if a == axis else 1 for a in range(4)])
 
     return hide
 
@@ -225,18 +224,8 @@ def _shapes() -> list[Case]:
     sizes = [Case(f"{m}x{n}", seqlen_q=m, seqlen_k=n, batch=1) for m, n in lengths]
     causal = [replace(case, name=f"causal {case.name}", causal=True) for case in sizes]
     top_left = [replace(case, name=f"top-left {case.name}", top_left=True) for case in causal]
-    dims = [
-        (1, None),
-        (3, None),
-        (40, None),
-        (64, None),
-        (80, None),
-        (128, None),
-        (192, 128),
-        (64, 32),
-        (32, 64),
-    ]
-    heads = [Case(f"head_dim {d}x{e or d}", batch=1, head_dim=d, head_dim_v=e) for d, e in dims]
+    dims = [(d, d) for d in (1, 3, 40, 64, 80, 128)] + [(192, 128), (64, 32), (32, 64)]
+    heads = [Case(f"head_dim {d}x{e}", batch=1, head_dim=d, head_dim_v=e) for d, e in dims]
     groups = [(2, 1), (6, 3), (6, 2), (8, 1), (7, 1)]
     gqa = [Case(f"heads {m}x{n}", batch=1, seqlen_q=17, heads_q=m, heads_kv=n) for m, n in groups]
     gqa += [replace(case, name=f"causal {case.name}", causal=True) for case in gqa]
@@ -254,20 +243,11 @@ def _visibility() -> list[Case]:
     length += [Case(f"causal key_lengths {n}", key_lengths=n, causal=True, seqlen_q=40) for n in lengths[1:]]
     axes = ["bhqk", "hqk", "qk", "k", "bk", "bqk", "bhk", "q", "bh", "h", ""]
     mask = [Case(f"mask {a or 'scalar'}", mask=Extra("random", a)) for a in axes]
-    patterns = [
-        ("padding_right", "bk"),
-        ("padding_left", "bk"),
-        ("padding_left", "bhqk"),
-        ("empty_rows", "q"),
-    ]
-    patterns += [
-        ("empty_columns", "k"),
-        ("empty_columns", "bqk"),
-        ("first_entry_empty", "b"),
-        ("nothing", "qk"),
-    ]
-    mask += [Case(f"mask {p} {a}", mask=Extra(p, a)) for p, a in patterns]
-    mask += [Case(f"causal mask {p} {a}", mask=Extra(p, a), causal=True) for p, a in patterns[1:4]]
+    padding = [("padding_right", "bk"), ("padding_left", "bk"), ("padding_left", "bhqk")]
+    empty = [("empty_rows", "q"), ("empty_columns", "k"), ("empty_columns", "bqk")]
+    empty += [("first_entry_empty", "b"), ("nothing", "qk")]
+    mask += [Case(f"mask {p} {a}", mask=Extra(p, a)) for p, a in padding + empty]
+    mask += [Case(f"causal mask {p} {a}", mask=Extra(p, a), causal=True) for p, a in padding + empty[:1]]
     return window + length + mask
 
 
