@@ -83,9 +83,9 @@ def attention(
         ValueError, TypeError: an argument is not what it must be; the message names it.
         NotImplementedError: impl= names an implementation that cannot take the call; lists every reason.
     """
-    want = check_want(options.get("want"))
     inputs, spec = prepare(q, k, v, options)
     out, lse = _run(inputs, spec, options.get("impl"))
+    want = options.get("want")
     if not want:
         return out
     return AttentionStats(out, lse if "lse" in want else None)
@@ -138,6 +138,7 @@ def prepare(
     if len(filled) != len(DEFAULTS):
         unknown = next(name for name in options if name not in DEFAULTS)
         raise TypeError(f"unknown option {unknown!r}; the options are {', '.join(DEFAULTS)}")
+    check_want(filled["want"])
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
     dtype = _autocast_dtype(q.device.type)

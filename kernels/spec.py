@@ -164,6 +164,9 @@ def make_spec(head_dim: int, options: AttentionOptions, *, top_left: bool, tf32:
     if options["causal"]:
         right = 0 if right is None else min(right, 0)
     scale, softcap, dropout_p = options["scale"], options["softcap"], options["dropout_p"]
+    for name, number in (("scale", scale), ("softcap", softcap), ("dropout_p", dropout_p)):
+        if number is not None and not isinstance(number, (int, float)):
+            raise TypeError(f"{name} must be a number or None, got {type(number).__name__}")
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
     elif not math.isfinite(scale):
@@ -183,14 +186,10 @@ def make_spec(head_dim: int, options: AttentionOptions, *, top_left: bool, tf32:
     )
 
 
-def check_want(want: Sequence[str] | None) -> Sequence[str]:
-    """The names in `want`, or ValueError."""
-    if want is None:
-        return ()
-    unknown = [name for name in want if name not in STATISTICS] if not isinstance(want, str) else [want]
-    if unknown:
+def check_want(want: Sequence[str] | None) -> None:
+    """ValueError unless `want` is None or holds names of statistics."""
+    if want is not None and (isinstance(want, str) or any(name not in STATISTICS for name in want)):
         raise ValueError(f"want must be a tuple of names out of {STATISTICS}, got {want!r}")
-    return want
 
 
 def check_tensor(name: str, x: object, device: torch.device | None = None) -> None:

@@ -1,0 +1,272 @@
+"""The operators and their autograd: every way PyTorch has of calling, transforming or tracing a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from undivided import attention
+from undivided.kernels import functional, ops
+
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+"""All of opcheck but test_autograd_registration: autograd lives around the operators, not in them."""
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+@pytest.fixture
+def qkv() -> tuple[Tensor, Tensor, Tensor]:
+    """Two query heads per key head, more keys than queries, another head_dim for v."""
+    return leaf(2, 4, 5, 8), leaf(2, 2, 7, 8), leaf(2, 2, 7, 6)
+
+
+def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention(q, k, v, causal=True, window=(2, None))
+
+
+def gradients(call: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(call(*tensors).sin().sum(), tensors)
+
+
+@pytest.mark.parametrize("layout", ["BHSD", "BSHD"])
+@pytest.mark.parametrize("impl", ["fallback", "triton"])
+def test_opcheck(layout: str, impl: str) -> None:
+    """Fakes that lie about shapes or strides, mutated inputs, results that alias inputs."""
+    q, k, v = (torch.randn(2, h, s, d) for h, s, d in ((4, 5, 16), (2, 7, 16), (2, 7, 8)))
+    if layout == "BSHD":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    options = {"bias": torch.randn(4, 1, 7), "causal": True, "dropout_p": 0.3, "seed": 5}
+    inputs, spec = functional.prepare(q, k, v, options)
+    torch.library.opcheck(ops._forward_op, (*inputs, *spec, impl), test_utils=CHECKS)
+    out, lse = ops._forward_op(*inputs, *spec, impl)
+    backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, *inputs, *spec, impl)
+    for needs in ([True] * 4, [False, True, False, False]):
+        torch.library.opcheck(ops._backward_op, (*backward, needs), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_is_one_graph_and_equal(qkv: tuple[Tensor, ...], dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(windowed, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    assert torch.equal(compiled(*qkv), windowed(*qkv))
+    for ours, eager in zip(gradients(compiled, *qkv), gradients(windowed, *qkv), strict=True):
+        assert torch.equal(ours, eager)
+
+
+def test_compile_with_options_and_sdpa_facade() -> None:
+    """Validation, dropout's seed and statistics must trace too."""
+    torch._dynamo.reset()
+    q = torch.randn(2, 4, 6, 8)
+    lengths = torch.tensor([3, 6])
+
+    def call(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        stats = attention(
+            q, q, q, key_lengths=lengths, mask=torch.ones(6, 6).tril().bool(), softcap=5.0, want=("lse",)
+        )
+        return stats.out, stats.lse, functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(compiled(q), call(q), strict=True):
+        assert torch.equal(ours, eager)
+    dropped = torch.compile(lambda q: attention(q, q, q, dropout_p=0.5), fullgraph=True, backend="aot_eager")
+    assert not torch.equal(dropped(q), dropped(q)), "a seed that was drawn at compile time"
+
+
+def test_compile_does_not_recompile_per_length() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(windowed, fullgraph=True, backend=counter, dynamic=True)
+    for n in (5, 6, 9, 16, 33):
+        compiled(torch.randn(2, 4, n, 8), torch.randn(2, 2, n + 3, 8), torch.randn(2, 2, n + 3, 6))
+    assert counter.frame_count == 1
+
+
+def test_export_keeps_one_operator(qkv: tuple[Tensor, ...]) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return windowed(q, k, v)
+
+    tensors = tuple(x.detach() for x in qkv)
+    program = torch.export.export(Model(), tensors)
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count(torch.ops.undivided.forward.default) == 1
+    assert torch.equal(program.module()(*tensors), windowed(*tensors))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_replays_dropout(use_reentrant: bool) -> None:
+    """A seed drawn anew in the recomputation gives gradients of another mask."""
+    q = leaf(1, 2, 9, 8)
+
+    def call(q: Tensor) -> Tensor:
+        return attention(q, q, q, dropout_p=0.4)
+
+    torch.manual_seed(3)
+    (plain,) = torch.autograd.grad(call(q).sin().sum(), q)
+    torch.manual_seed(3)
+    checkpoint(call, q, use_reentrant=use_reentrant).sin().sum().backward()
+    assert torch.equal(q.grad, plain)
+
+
+def test_inference_mode(qkv: tuple[Tensor, ...]) -> None:
+    expected = windowed(*qkv)
+    with torch.inference_mode():
+        assert torch.equal(windowed(*qkv), expected)
+
+
+def test_func_grad(qkv: tuple[Tensor, ...]) -> None:
+    """torch.func.grad returned an error with register_autograd."""
+    ours = torch.func.grad(lambda *x: windowed(*x).sin().sum(), argnums=(0, 1, 2))(*qkv)
+    for a, b in zip(ours, gradients(windowed, *qkv), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("in_dims", [(0, None, None), (1, 0, 2), (None, 0, None)])
+def test_vmap(in_dims: tuple[int | None, ...]) -> None:
+    shapes = ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6))
+    tensors = []
+    for shape, dim in zip(shapes, in_dims, strict=True):
+        full = list(shape) if dim is None else [*shape[:dim], 3, *shape[dim:]]
+        tensors.append(torch.randn(full, dtype=torch.float64))
+
+    def example(i: int) -> list[Tensor]:
+        return [x if d is None else x.select(d, i) for x, d in zip(tensors, in_dims, strict=True)]
+
+    expected = torch.stack([windowed(*example(i)) for i in range(3)])
+    torch.testing.assert_close(torch.vmap(windowed, in_dims)(*tensors), expected)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return windowed(q, k, v).sin().sum()
+
+    per_example = torch.vmap(torch.func.grad(loss, argnums=(0, 1, 2)), in_dims)(*tensors)
+    for i in range(3):
+        expected_grads = torch.func.grad(loss, argnums=(0, 1, 2))(*example(i))
+        for ours, theirs in zip(per_example, expected_grads, strict=True):
+            torch.testing.assert_close(ours[i], theirs)
+
+
+def test_vmap_with_bias_and_dropout_equals_a_loop() -> None:
+    """Folding examples into the batch would sum a bias gradient over them and change dropout's bits."""
+    q, bias = torch.randn(3, 2, 4, 5, 8), torch.randn(3, 4, 1, 5)
+
+    def loss(q: Tensor, bias: Tensor) -> Tensor:
+        return attention(q, q, q, bias=bias, dropout_p=0.3, seed=3).sin().sum()
+
+    grad = torch.func.grad(loss, argnums=(0, 1))
+    for ours, theirs in zip(
+        torch.vmap(grad)(q, bias), zip(*(grad(*x) for x in zip(q, bias)), strict=True), strict=True
+    ):
+        torch.testing.assert_close(ours, torch.stack(theirs))
+
+
+class TestNeverSilentZeros:
+    """What fused attention cannot differentiate it refuses; the reference can."""
+
+    def test_func_jvp(self, qkv: tuple[Tensor, ...]) -> None:
+        with pytest.raises(NotImplementedError, match="forward-mode AD"):
+            torch.func.jvp(windowed, qkv, qkv)
+
+    def test_dual_numbers(self, qkv: tuple[Tensor, ...]) -> None:
+        q, k, v = (x.detach() for x in qkv)
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode AD"):
+            windowed(forward_ad.make_dual(q, q), k, v)
+
+    def test_double_backward(self, qkv: tuple[Tensor, ...]) -> None:
+        """A gradient penalty whose second derivative is dropped: dout needs no gradient here, q does."""
+        (dq,) = torch.autograd.grad(windowed(*qkv).sum(), qkv[0], create_graph=True)
+        with pytest.raises(NotImplementedError, match="differentiable once"):
+            torch.autograd.grad(dq.square().sum() + qkv[0].sum(), qkv[0])
+
+    def test_func_double_backward(self, qkv: tuple[Tensor, ...]) -> None:
+        q, k, v = qkv
+        first = torch.func.grad(lambda q: windowed(q, k, v).sin().sum())
+        with pytest.raises(NotImplementedError, match="differentiable once"):
+            torch.func.grad(lambda q: first(q).sum())(q)
+
+    def test_reference_does_all_of_it(self, qkv: tuple[Tensor, ...]) -> None:
+        def call(*x: Tensor) -> Tensor:
+            return attention(*x, causal=True, impl="reference")
+
+        assert torch.autograd.gradgradcheck(call, qkv)
+        _, tangent = torch.func.jvp(call, qkv, qkv)
+        assert tangent.abs().sum() > 0
+
+
+@pytest.mark.parametrize("needs", [(n >> 3 & 1, n >> 2 & 1, n >> 1 & 1, n & 1) for n in range(16)])
+def test_every_subset_of_gradients(needs: tuple[int, ...]) -> None:
+    tensors = [torch.randn(*s) for s in ((1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8), (5, 5))]
+    leaves = [x.clone().requires_grad_(bool(n)) for x, n in zip(tensors, needs, strict=True)]
+    q, k, v, bias = leaves
+    out = attention(q, k, v, bias=bias)
+    assert out.requires_grad == any(needs)
+    if not any(needs):
+        return
+    out.sin().sum().backward()
+    full = [x.clone().requires_grad_() for x in tensors]
+    attention(*full[:3], bias=full[3]).sin().sum().backward()
+    for x, y, n in zip(leaves, full, needs, strict=True):
+        assert (x.grad is None) == (not n)
+        if n:
+            torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_lse_alone_has_gradients_and_v_gets_zero(qkv: tuple[Tensor, ...]) -> None:
+    """lse treated as a constant, or dout read although nobody used out."""
+    lse = attention(*qkv, causal=True, want=("lse",)).lse
+    dq, dk, dv = torch.autograd.grad(lse.sin().sum(), qkv)
+    expected = attention(*qkv, causal=True, want=("lse",), impl="reference").lse
+    for ours, theirs in zip((dq, dk), torch.autograd.grad(expected.sin().sum(), qkv[:2]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.count_nonzero(dv) == 0
+
+
+def test_saved_tensors_notice_in_place_edits() -> None:
+    q = leaf(1, 2, 5, 8)
+    x = q * 1
+    out = attention(x, x, x)
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_flop_counter_counts_visible_scores_only() -> None:
+    q = leaf(1, 2, 64, 16)
+    with FlopCounterMode(display=False) as counter:
+        attention(q, q, q).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 64 * 64 * 16 * (2 + 5)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        attention(q, q, q, causal=True)
+    assert counter.get_total_flops() == 2 * 2 * (64 * 65 // 2) * 16 * 2
+
+
+def test_autocast_casts_q_k_v_but_not_bias() -> None:
+    q, bias = leaf(1, 2, 6, 8, dtype=torch.float32), leaf(6, 6, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention(q, q.bfloat16(), q, bias=bias)
+        plain = attention(q.double(), q.double(), q.double())
+        out.sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert q.grad.dtype == torch.float32
+    assert bias.grad.dtype == torch.float32
+    assert plain.dtype == torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wide = attention(q, q, q, impl="reference")
+    narrow = q.bfloat16()
+    assert torch.equal(wide, attention(narrow, narrow, narrow, impl="reference")), (
+        "products ran under autocast"
+    )
+
+
+def test_meta_tensors_get_shapes() -> None:
+    q = torch.empty(2, 4, 5, 8, device="meta")
+    stats = attention(q, q, q[..., :6], want=("lse",))
+    assert stats.out.shape == (2, 4, 5, 6)
+    assert stats.lse.shape == (2, 4, 5)
