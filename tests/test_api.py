@@ -13,7 +13,7 @@ from torch import Tensor
 import undivided
 from undivided import attention, explain, scaled_dot_product_attention
 from undivided.__main__ import main
-from undivided.kernels import dispatch, masks, ops, spec
+from undivided.kernels import dispatch, functional, masks, ops, spec
 from undivided.kernels.spec import AttentionSpec, Inputs
 
 NAN, INF = float("nan"), float("inf")
@@ -136,6 +136,30 @@ def test_an_order_that_cannot_be_followed_lists_every_reason(monkeypatch: pytest
     assert explanation.chosen is None
     assert "triton is not installed" in str(explanation)
     assert attention(wide, wide, wide).shape == wide.shape, "auto must find somebody"
+
+
+def test_interpreter_refuses_bfloat16() -> None:
+    """It would return numbers, all of them wrong."""
+    q = torch.zeros(1, 1, 2, 16, dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="interpreter multiplies bfloat16 wrongly"):
+        attention(q, q, q, impl="triton")
+
+
+@pytest.mark.parametrize("how", ["allow_tf32", "fp32_precision", "set_float32_matmul_precision"])
+def test_tf32_follows_every_way_of_asking(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of PyTorch's getters raise once another of its setters was used."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        assert not functional._tf32_allowed()
+        if how == "set_float32_matmul_precision":
+            torch.set_float32_matmul_precision("high")
+        else:
+            setattr(matmul, how, True if how == "allow_tf32" else "tf32")
+        assert functional._tf32_allowed()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
 
 
 def test_auto_never_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
