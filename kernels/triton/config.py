@@ -1,0 +1,201 @@
+"""Tile sizes and launch options: data, one row per kernel, architecture and head dimension.
+
+Every row comes from a static study (registers, spills, shared memory, instructions per score read
+from the compiled kernels, and a model of how they overlap). None has been timed on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+Kernel = Literal["forward", "dkdv", "dq", "dbias"]
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How one kernel is cut into programs.
+
+    block_q, block_k: rows and keys of a tile, powers of two >= 16. tma: load through tensor
+    descriptors where strides and alignment allow it. warp_specialize: let the compiler split
+    loading and computing over warps (Hopper and newer, needs tma; one loop, no mask).
+    """
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    warp_specialize: bool = False
+
+
+INTERPRETER = TileConfig(32, 32, num_warps=4, num_stages=1)
+
+# Largest padded head_dim -> row. 16-bit inputs.
+_AMPERE: Mapping[Kernel, Mapping[int, TileConfig]] = {
+    "forward": {
+        64: TileConfig(128, 64, 4, 3),
+        128: TileConfig(128, 32, 4, 3),
+        256: TileConfig(64, 32, 4, 2),
+        512: TileConfig(32, 16, 4, 1),
+    },
+    "dkdv": {
+        64: TileConfig(64, 64, 4, 2),
+        128: TileConfig(32, 128, 8, 2),
+        256: TileConfig(32, 64, 8, 1),
+        512: TileConfig(16, 32, 8, 1),
+    },
+    "dq": {
+        64: TileConfig(128, 64, 4, 2),
+        128: TileConfig(128, 64, 8, 2),
+        256: TileConfig(64, 32, 8, 1),
+        512: TileConfig(32, 16, 8, 1),
+    },
+    "dbias": {
+        64: TileConfig(64, 64, 4, 2),
+        128: TileConfig(64, 64, 8, 2),
+        256: TileConfig(32, 64, 8, 1),
+        512: TileConfig(16, 32, 8, 1),
+    },
+}
+
+# 99 KB of shared memory instead of 163.
+_CONSUMER: Mapping[Kernel, Mapping[int, TileConfig]] = {
+    "forward": {
+        64: TileConfig(128, 64, 4, 2),
+        128: TileConfig(128, 32, 4, 2),
+        256: TileConfig(64, 32, 4, 1),
+        512: TileConfig(32, 16, 4, 1),
+    },
+    "dkdv": {
+        64: TileConfig(64, 64, 4, 2),
+        128: TileConfig(32, 64, 4, 2),
+        256: TileConfig(16, 32, 4, 1),
+        512: TileConfig(16, 16, 4, 1),
+    },
+    "dq": {
+        64: TileConfig(64, 64, 4, 2),
+        128: TileConfig(64, 32, 4, 2),
+        256: TileConfig(32, 32, 4, 1),
+        512: TileConfig(16, 16, 4, 1),
+    },
+    "dbias": {
+        64: TileConfig(64, 64, 4, 2),
+        128: TileConfig(32, 64, 4, 2),
+        256: TileConfig(32, 32, 4, 1),
+        512: TileConfig(16, 16, 4, 1),
+    },
+}
+
+_HOPPER: Mapping[Kernel, Mapping[int, TileConfig]] = {
+    "forward": {
+        64: TileConfig(128, 64, 8, 3),
+        128: TileConfig(128, 128, 8, 2),
+        256: TileConfig(128, 64, 8, 2),
+        512: TileConfig(64, 32, 8, 1),
+    },
+    "dkdv": {
+        64: TileConfig(64, 128, 8, 2),
+        128: TileConfig(64, 128, 8, 1),
+        256: TileConfig(64, 64, 8, 1),
+        512: TileConfig(16, 32, 8, 1),
+    },
+    "dq": {
+        64: TileConfig(128, 64, 4, 2),
+        128: TileConfig(128, 64, 8, 2),
+        256: TileConfig(128, 64, 8, 1),
+        512: TileConfig(32, 32, 8, 1),
+    },
+    "dbias": {
+        64: TileConfig(64, 64, 4, 2),
+        128: TileConfig(64, 64, 4, 2),
+        256: TileConfig(64, 64, 8, 1),
+        512: TileConfig(32, 32, 8, 1),
+    },
+}
+
+# 64 KB of shared memory; 64 lanes to a warp.
+_CDNA: Mapping[Kernel, Mapping[int, TileConfig]] = {
+    "forward": {
+        64: TileConfig(128, 64, 4, 1),
+        128: TileConfig(128, 64, 4, 1),
+        256: TileConfig(64, 32, 4, 1),
+        512: TileConfig(32, 16, 4, 1),
+    },
+    "dkdv": {
+        64: TileConfig(64, 64, 4, 1),
+        128: TileConfig(32, 64, 4, 1),
+        256: TileConfig(16, 32, 4, 1),
+        512: TileConfig(16, 16, 4, 1),
+    },
+    "dq": {
+        64: TileConfig(64, 64, 4, 1),
+        128: TileConfig(64, 32, 4, 1),
+        256: TileConfig(32, 32, 4, 1),
+        512: TileConfig(16, 16, 4, 1),
+    },
+    "dbias": {
+        64: TileConfig(64, 64, 4, 1),
+        128: TileConfig(32, 64, 4, 1),
+        256: TileConfig(32, 32, 4, 1),
+        512: TileConfig(16, 16, 4, 1),
+    },
+}
+
+TABLE: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
+    "sm_80": _AMPERE,
+    "sm_86": _CONSUMER,
+    "sm_89": _CONSUMER,
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "sm_120": _CONSUMER,
+    "gfx942": _CDNA,
+}
+
+# Rows that need a GPU's word before they may replace those above: compiled, never run. The model
+# expects the most of them, for calls without causal, window or mask.
+CANDIDATES: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
+    "sm_90": {
+        "forward": {
+            64: TileConfig(128, 128, 4, 2, tma=True, warp_specialize=True),
+            128: TileConfig(128, 128, 4, 2, tma=True, warp_specialize=True),
+            256: TileConfig(128, 64, 4, 2, tma=True, warp_specialize=True),
+        }
+    }
+}
+
+
+@lru_cache(maxsize=256)
+def tile_config(
+    kernel: Kernel, arch: str, head_dim: int, head_dim_v: int, dtype: torch.dtype
+) -> TileConfig | None:
+    """The row for a kernel, or None where no tile fits (head_dim above 512).
+
+    arch: as `architecture` names it; one that is not in the table gets the row of the GPU with the
+    least shared memory. float32 takes half the tile: its elements are twice as large.
+    """
+    if arch == "interpreter":
+        return INTERPRETER
+    rows = TABLE.get(arch, _CONSUMER)[kernel]
+    bucket = next((limit for limit in rows if max(head_dim, head_dim_v) <= limit), None)
+    if bucket is None:
+        return None
+    row = rows[bucket]
+    if dtype != torch.float32:
+        return row
+    return replace(row, block_q=max(16, row.block_q // 2), block_k=max(16, row.block_k // 2), tma=False)
+
+
+@lru_cache(maxsize=64)
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ...; "interpreter" for CPU tensors, which only Triton's interpreter takes."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

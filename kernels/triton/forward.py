@@ -1,0 +1,243 @@
+"""The forward pass: one program per query tile walks over the keys that tile may see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..spec import AttentionSpec, Inputs, like
+from . import tiles
+from .config import TileConfig, architecture, tile_config
+from .launch import (
+    Launch,
+    broadcast_strides,
+    descriptors_fit,
+    dropout_seed,
+    dropped_bits,
+    kept_scale,
+    positive_scale,
+)
+
+
+@triton.jit
+def _attend(
+    state,
+    q,
+    keys,
+    pairs,
+    dropout,
+    where,
+    window,
+    first,
+    stop,
+    unit,
+    scale,
+    softcap,
+    BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    EDGE: tl.constexpr,
+    TMA: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Let the query tile attend to the key tiles from first to stop."""
+    acc, row_max, row_sum = state
+    k_rows, k_strides, v_rows, v_strides = keys
+    bias_ptr, bias_strides, mask_ptr, mask_strides = pairs
+    seed, last_dropped, plane = dropout
+    batch, head, rows = where
+    lo, hi, n_keys, shift, left, right = window
+    for start in tl.range(first, stop, BLOCK_K, warp_specialize=WARP_SPECIALIZE):
+        start = tl.multiple_of(start, BLOCK_K)
+        cols = start + tl.arange(0, BLOCK_K)[None, :]
+        mask = None
+        bias = None
+        if mask_ptr is not None:
+            mask = tiles.load_pairs(mask_ptr, mask_strides, batch, head, rows, cols, n_keys, EDGE)
+        ok = tiles.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE)
+
+        k = tiles.load_rows(k_rows, k_strides, start, lo, hi, BLOCK_K, HEAD_DIM, EDGE, TMA)
+        v = tiles.load_rows(v_rows, v_strides, start, lo, hi, BLOCK_K, HEAD_DIM_V, EDGE, TMA)
+        if mask_ptr is not None:
+            seen = tiles.any_row(ok)
+            k = tiles.zero_unless(seen, k)
+            v = tiles.zero_unless(seen, v)
+
+        dots = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
+        if bias_ptr is not None:
+            bias = tiles.load_pairs(bias_ptr, bias_strides, batch, head, rows, cols, n_keys, EDGE)
+        s = tiles.scores(dots, scale, softcap, bias)
+        if ok is not None:
+            s = tl.where(ok, s, float("-inf"))
+        MAY_BE_EMPTY: tl.constexpr = ok is not None or bias_ptr is not None
+        p, alpha, row_max, row_sum = tiles.online_softmax(s, row_max, row_sum, unit, MAY_BE_EMPTY)
+        if seed is not None:
+            p = tl.where(tiles.keep_mask(seed, last_dropped, plane, rows, start, BLOCK_K), p, 0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, row_max, row_sum
+
+
+@triton.jit(
+    do_not_specialize=[
+        "last_dropped",
+        "heads_kv",
+        "group",
+        "seqlen_q",
+        "seqlen_k",
+        "shift",
+        "left",
+        "right",
+    ]
+)
+def _forward_kernel(
+    q_ptr,
+    q_strides,
+    k_ptr,
+    k_strides,
+    v_ptr,
+    v_strides,
+    out_ptr,
+    out_strides,
+    lse_ptr,
+    bias_ptr,
+    bias_strides,
+    mask_ptr,
+    mask_strides,
+    lengths_ptr,
+    seed_ptr,
+    last_dropped,
+    kept_scale,
+    scale,
+    softcap,
+    heads_kv,
+    group,
+    seqlen_q,
+    seqlen_k,
+    shift,
+    left,
+    right,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out = dropout(softmax(scores)) · v and lse of one query tile; scale is |scale|."""
+    tile, batch, head, head_kv = tiles.whose_tile(
+        tl.program_id(0), tl.cdiv(seqlen_q, BLOCK_Q), heads_kv, group, right is not None
+    )
+    first_row = tile * BLOCK_Q
+    rows = tiles.row_numbers(first_row, seqlen_q, BLOCK_Q)
+    plane = batch * heads_kv * group + head
+    n_keys = tiles.keys_of(batch, lengths_ptr, seqlen_k)
+    lo, full_lo, full_hi, hi = tiles.visible_keys(
+        first_row, seqlen_q, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
+    )
+    q_rows = tiles.rows_of_head(q_ptr, q_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM, TMA)
+    k_rows = tiles.rows_of_head(k_ptr, k_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM, TMA)
+    v_rows = tiles.rows_of_head(v_ptr, v_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM_V, TMA)
+    q = tiles.load_rows(q_rows, q_strides, first_row, 0, seqlen_q, BLOCK_Q, HEAD_DIM, True, TMA)
+    if NEGATIVE:  # the running maximum needs scores that grow with the products
+        q = -q
+    unit = tiles.score_unit(scale, softcap, bias_ptr)
+
+    PADDED_V: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM_V))
+    state = (
+        tl.zeros([BLOCK_Q, PADDED_V], tl.float32),
+        tl.full([BLOCK_Q], float("-inf"), tl.float32),
+        tl.zeros([BLOCK_Q], tl.float32),
+    )
+    keys = (k_rows, k_strides, v_rows, v_strides)
+    pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides)
+    dropout = (None, None, None)
+    if seed_ptr is not None:
+        dropout = (tl.load(seed_ptr), last_dropped, plane)
+    where = (batch, head, rows[:, None])
+    window = (lo, hi, n_keys, shift, left, right)
+    start = lo // BLOCK_K * BLOCK_K
+    if left is not None:
+        state = _attend(
+            state, q, keys, pairs, dropout, where, window, start, full_lo, unit, scale, softcap,
+            BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, TMA, False, PRECISION,
+        )  # fmt: skip
+    state = _attend(
+        state, q, keys, pairs, dropout, where, window, full_lo, full_hi, unit, scale, softcap,
+        BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, TMA, WARP_SPECIALIZE, PRECISION,
+    )  # fmt: skip
+    state = _attend(
+        state, q, keys, pairs, dropout, where, window, full_hi, hi, unit, scale, softcap,
+        BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, TMA, False, PRECISION,
+    )  # fmt: skip
+
+    acc, row_max, row_sum = state
+    lse = tiles.natural_lse(row_max, row_sum, scale, softcap, bias_ptr)
+    if seed_ptr is not None:
+        acc = acc * kept_scale
+    # A row that sees nothing may have met the NaN of a key that its neighbours see.
+    acc = tl.where(row_sum[:, None] == 0.0, 0.0, acc / row_sum[:, None])
+    out_rows = tiles.rows_of_head(out_ptr, out_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM_V, False)
+    tiles.store_rows(out_rows, out_strides, first_row, seqlen_q, acc, BLOCK_Q, HEAD_DIM_V)
+    index = first_row + tl.arange(0, BLOCK_Q)
+    tl.store(lse_ptr + plane.to(tl.int64) * seqlen_q + index, lse, mask=index < seqlen_q)
+
+
+def attention_forward(
+    inputs: Inputs, spec: AttentionSpec, config: TileConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one call, outside autograd.
+
+    out: (batch, heads_q, seqlen_q, head_dim_v) in q's dtype and physical order; lse: float32,
+    natural logarithm, -inf for rows that see nothing. config: tile sizes, None takes the table's.
+    """
+    q = inputs.q
+    out = like(q, inputs.v.shape[3])
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    forward_launch(inputs, spec, out, lse, config).run(q.device)
+    return out, lse
+
+
+def forward_launch(
+    inputs: Inputs,
+    spec: AttentionSpec,
+    out: Tensor,
+    lse: Tensor,
+    config: TileConfig | None = None,
+) -> Launch:
+    """The launch that fills out and lse; with meta tensors and a config, one to compile only."""
+    q, k, v, bias, mask, key_lengths, _ = inputs
+    batch, heads_q, seqlen_q, head_dim = q.shape
+    heads_kv, seqlen_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
+    if config is None:
+        config = tile_config("forward", architecture(q.device), head_dim, head_dim_v, q.dtype)
+        if config is None:
+            raise NotImplementedError(f"head_dim {head_dim} (v: {head_dim_v}) is larger than any tile")
+    shift = spec.shift(seqlen_q, seqlen_k)
+    left, right = (None if x is None else min(x, seqlen_q + seqlen_k) for x in (spec.left, spec.right))
+    tma = config.tma and descriptors_fit(inputs, spec)
+    arguments: tuple[Any, ...] = (
+        q, q.stride(), k, k.stride(), v, v.stride(), out, out.stride(), lse,
+        bias, broadcast_strides(bias), mask, broadcast_strides(mask), key_lengths,
+        dropout_seed(inputs, spec), dropped_bits(spec.dropout_p), kept_scale(spec.dropout_p),
+        positive_scale(spec.scale), spec.softcap,
+        heads_kv, heads_q // heads_kv, seqlen_q, seqlen_k, shift, left, right,
+    )  # fmt: skip
+    constants = {
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "NEGATIVE": spec.scale < 0,
+        "BLOCK_Q": config.block_q,
+        "BLOCK_K": config.block_k,
+        "TMA": tma,
+        "WARP_SPECIALIZE": tma and config.warp_specialize,
+        "PRECISION": "tf32" if spec.tf32 else "ieee",
+    }
+    programs = batch * heads_q * -(-seqlen_q // config.block_q)
+    return Launch(_forward_kernel, programs, arguments, constants, config)

@@ -1,0 +1,121 @@
+"""A kernel with everything it is about to be called with: run it, or compile it for a GPU elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from ..masks import key_bounds
+from ..philox import drop_threshold
+from ..spec import AttentionSpec, Inputs
+from .config import TileConfig
+
+Strides = tuple[int | None, ...]
+
+
+class Launch(NamedTuple):
+    """One launch. arguments are the kernel's run-time parameters, constants its constexprs."""
+
+    kernel: JITFunction[Any]
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    config: TileConfig
+
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told. Fusing s·unit - offset into one FFMA is off in newer Tritons."""
+        config = self.config
+        return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+
+    def run(self, device: torch.device) -> None:
+        """Start the kernel on the current stream of the device its tensors are on."""
+        if self.config.tma:
+            triton.set_allocator(_scratch)
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            self.kernel[(self.programs,)](*self.arguments, **self.constants, **self.options())
+        else:
+            with torch.cuda.device(device):
+                self.kernel[(self.programs,)](*self.arguments, **self.constants, **self.options())
+
+    def compile(self, target: GPUTarget) -> CompiledKernel:
+        """Compile for a GPU that need not be there; meta tensors will do as arguments.
+
+        The arguments are specialised by the same rules as at a call (16-byte alignment, stride 1,
+        None), so this is the binary that a call with them runs:
+        `launch.compile(GPUTarget("cuda", 90, 32)).asm["cubin"]`.
+        """
+        backend = make_backend(target)
+        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        keywords = self.constants | self.options()
+        bound, specialization, options = bind(*self.arguments, **keywords)
+        packed, signature, constants, attributes = self.kernel._pack_args(
+            backend, dict(keywords, debug=False), bound, specialization, options
+        )
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=target, options=packed.__dict__)
+
+
+def broadcast_strides(x: Tensor | None) -> Strides | None:
+    """Strides of a bias or mask: 0 for a batch or head axis of size 1, None for a row or column axis."""
+    if x is None:
+        return None
+    shape, stride = x.shape, x.stride()
+    return (
+        0 if shape[0] == 1 else stride[0],
+        0 if shape[1] == 1 else stride[1],
+        None if shape[2] == 1 else stride[2],
+        None if shape[3] == 1 else stride[3],
+    )
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for tensor descriptors made inside kernels."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def positive_scale(scale: float) -> float:
+    """|scale|, and for 0 something that makes every score vanish but keeps 0·(-inf) out of kernels."""
+    return max(abs(scale), 2.0**-120)
+
+
+def dropped_bits(dropout_p: float) -> int:
+    """round(p·2³²) - 1, the last 32-bit word that is dropped, as the int32 with its bits."""
+    last = drop_threshold(dropout_p) - 1
+    return last if last < 2**31 else last - 2**32
+
+
+def kept_scale(dropout_p: float) -> float:
+    """What kept probabilities are multiplied by; 0 where none is kept."""
+    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+
+
+def dropout_seed(inputs: Inputs, spec: AttentionSpec) -> Tensor | None:
+    """The seed, or None where p is so small that no 32-bit word is below its threshold."""
+    return inputs.seed if drop_threshold(spec.dropout_p) > 0 else None
+
+
+def descriptors_fit(inputs: Inputs, spec: AttentionSpec) -> bool:
+    """Whether q, k and v may be read through tensor descriptors.
+
+    The hardware wants whole multiples of 16 bytes. And its boxes cannot leave out rows, so no key may
+    be hidden from every query of the batch entry: what it holds would reach a product.
+    """
+    seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
+    if inputs.mask is not None or inputs.key_lengths is not None:
+        return False
+    if key_bounds(0, seqlen_q - 1, spec, seqlen_q, seqlen_k) != (0, seqlen_k):
+        return False
+    for x in (inputs.q, inputs.k, inputs.v):
+        unit = 16 // x.element_size()
+        *outer, last = x.stride()
+        if last != 1 or any(s <= 0 or s % unit for s in outer) or x.data_ptr() % 16:
+            return False
+        if not 16 <= x.shape[3] <= 256:
+            return False
+    return True
