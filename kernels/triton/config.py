@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
+from triton.runtime.driver import driver
 
 Kernel = Literal["forward", "dkdv", "dq", "dbias"]
 
@@ -190,9 +191,19 @@ def tile_config(
     return replace(row, block_q=max(16, row.block_q // 2), block_k=max(16, row.block_k // 2), tma=False)
 
 
-@lru_cache(maxsize=64)
 def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ...; "interpreter" for CPU tensors, which only Triton's interpreter takes."""
+    """ "sm_90", "gfx942", ...; "interpreter" for CPU tensors, which only Triton's interpreter takes.
+
+    Meta tensors are for the GPU that Triton's driver speaks of, which need not be there (bench/static).
+    """
+    if device.type == "meta":
+        target = driver.active.get_current_target()
+        return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
+    return _present_architecture(device)
+
+
+@lru_cache(maxsize=64)
+def _present_architecture(device: torch.device) -> str:
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip:
