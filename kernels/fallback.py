@@ -1,0 +1,221 @@
+"""Attention in plain PyTorch, memory linear in the sequence: for CPUs and whatever no kernel takes.
+
+`fallback_plan` says which blocks of the score matrix there are, `fallback_blocks` computes one; here
+they are cut out of the inputs, merged by their lse, and their gradients summed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .fallback_blocks import Block, FlashEngine, MatmulEngine, RowGradients
+from .fallback_plan import Part, Strip, plan
+from .masks import block_of, visible
+from .philox import keep_mask
+from .spec import AttentionSpec, Gradients, Inputs, like
+
+
+def attention_forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """(out, lse) of validated inputs, as `reference.attention` defines them.
+
+    16-bit inputs are computed in float32 and rounded once.
+    """
+    q, v = inputs.q, inputs.v
+    problems = list(_problems(inputs, spec, FlashEngine if FlashEngine.takes(inputs, spec) else MatmulEngine))
+    if len(problems) == 1 and problems[0].covers_all_rows():
+        out, lse = _forward_strip(problems[0], problems[0].strips[0])
+        return _in_layout_of(q, out), lse.contiguous()
+    out = like(q, v.shape[3]).zero_()
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=_wide(q))
+    for problem in problems:
+        for strip in problem.strips:
+            here = (problem.entries, slice(None), strip.rows)
+            out[here], lse[here] = _forward_strip(problem, strip)
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    needs: tuple[bool, bool, bool, bool],
+) -> Gradients:
+    """Gradients of out and lse in q, k, v and bias, as far as `needs` asks; deterministic.
+
+    Each block gives its exact share, because lse and out are those of the whole row; the shares are
+    summed in float32 or wider and rounded once.
+    """
+    q, k, v, bias = inputs[:4]
+    engine = FlashEngine if FlashEngine.takes(inputs, spec) and not needs[3] else MatmulEngine
+    dq, dk, dv, dbias = (
+        None if x is None or not need else torch.zeros(x.shape, dtype=_wide(q), device=q.device)
+        for x, need in zip((q, k, v, bias), needs, strict=True)
+    )
+    for problem in _problems(inputs, spec, engine):
+        for strip in problem.strips:
+            here = (problem.entries, slice(None), strip.rows)
+            rows = RowGradients(dout[here], None if dlse is None else dlse[here], out[here], lse[here])
+            q_rows, rows = _silence_empty_rows(problem.inputs.q[:, :, strip.rows], rows)
+            for part in strip.parts:
+                block = _block(problem, strip.rows, part, q_rows)
+                share = engine.backward(block, rows, spec, needs[3])
+                there = (problem.entries, slice(None), part.cols)
+                if dq is not None:
+                    dq[here] += share.dq
+                if dk is not None:
+                    dk[there] += share.dk
+                if dv is not None:
+                    dv[there] += share.dv
+                if dbias is not None and share.dscores is not None:
+                    target = block_of(_entries_of(dbias, problem.entries), strip.rows, part.cols)
+                    target += share.dscores.sum_to_size(target.shape)
+        if problem.seen is not None:
+            for g in (dk, dv):
+                if g is not None:
+                    g[problem.entries].masked_fill_(~problem.seen, 0.0)
+    return Gradients(
+        None if dq is None else _in_layout_of(q, dq),
+        None if dk is None else _in_layout_of(k, dk),
+        None if dv is None else _in_layout_of(v, dv),
+        None if dbias is None or bias is None else dbias.to(bias.dtype),
+    )
+
+
+class _Problem(NamedTuple):
+    """Batch entries with the same number of keys, and the blocks to compute for them.
+
+    seen: (batch, 1, seqlen_k, 1), which keys any row sees; None where all in the plan are seen.
+    """
+
+    entries: slice
+    inputs: Inputs
+    spec: AttentionSpec
+    strips: tuple[Strip, ...]
+    seen: Tensor | None
+
+    def covers_all_rows(self) -> bool:
+        q = self.inputs.q
+        return len(self.strips) == 1 and self.strips[0].rows == slice(0, q.shape[2])
+
+
+def _problems(
+    inputs: Inputs, spec: AttentionSpec, engine: type[FlashEngine | MatmulEngine]
+) -> Iterator[_Problem]:
+    seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
+    for entries, own, stop in _by_length(inputs):
+        masked = own.mask is not None or own.key_lengths is not None
+        strips = plan(spec, seqlen_q, seqlen_k, stop, masked, engine.limits(own, spec))
+        yield _Problem(entries, own, spec, strips, _seen(own, spec, strips) if masked else None)
+
+
+def _by_length(inputs: Inputs) -> Iterator[tuple[slice, Inputs, int]]:
+    """Runs of batch entries with equal key_lengths, without them, and that length.
+
+    Keys past the length are then never touched. Elsewhere than on a CPU reading lengths would
+    synchronise: they stay a mask.
+    """
+    seqlen_k = inputs.k.shape[2]
+    if inputs.key_lengths is None or inputs.q.device.type != "cpu":
+        yield slice(None), inputs, seqlen_k
+        return
+    start = 0
+    for length, run in itertools.groupby(inputs.key_lengths.clamp(0, seqlen_k).tolist()):
+        entries = slice(start, start + len(list(run)))
+        start = entries.stop
+        own = (None if x is None else _entries_of(x, entries) for x in inputs[:5])
+        yield entries, Inputs(*own, None, inputs.seed), length
+
+
+def _forward_strip(problem: _Problem, strip: Strip) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the rows of a strip, in wide dtype."""
+    inputs, spec = problem.inputs, problem.spec
+    engine = FlashEngine if FlashEngine.takes(inputs, spec) else MatmulEngine
+    q = inputs.q[:, :, strip.rows]
+    out, lse = engine.forward(_block(problem, strip.rows, strip.parts[0], q), spec)
+    for part in strip.parts[1:]:
+        out, lse = _merge(out, lse, *engine.forward(_block(problem, strip.rows, part, q), spec))
+    return out, lse
+
+
+def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    share = torch.exp(lse_b - lse).masked_fill(lse == -torch.inf, 0.0)
+    return torch.lerp(out_a, out_b, share[..., None]), lse
+
+
+def _block(problem: _Problem, rows: slice, part: Part, q: Tensor) -> Block:
+    """Cut a block out of a problem and widen it; q holds its rows already."""
+    inputs, spec = problem.inputs, problem.spec
+    wide, cols = _wide(q), part.cols
+    k, v = (x[:, :, cols].to(wide) for x in (inputs.k, inputs.v))
+    if problem.seen is not None:
+        k, v = (torch.where(problem.seen[:, :, cols], x, 0.0) for x in (k, v))
+    return Block(
+        q.to(wide),
+        k,
+        v,
+        visible(inputs, spec, rows, cols) if part.visible == "some" else None,
+        None if inputs.bias is None else block_of(inputs.bias, rows, cols),
+        None if spec.dropout_p == 0.0 else _keep(problem, rows, cols),
+        part.visible == "causal",
+    )
+
+
+def _keep(problem: _Problem, rows: slice, cols: slice) -> Tensor:
+    inputs = problem.inputs
+    batch, heads, _, _ = inputs.q.shape
+    row, col = (torch.arange(x.start, x.stop, device=inputs.q.device) for x in (rows, cols))
+    first_head = (problem.entries.start or 0) * heads
+    assert inputs.seed is not None
+    return keep_mask(inputs.seed, problem.spec.dropout_p, batch, heads, row, col, first_head)
+
+
+def _seen(inputs: Inputs, spec: AttentionSpec, strips: tuple[Strip, ...]) -> Tensor:
+    """Which keys some row of the batch entry sees, [batch, 1, seqlen_k, 1]: the others may hold NaN."""
+    k = inputs.k
+    seen = torch.zeros(k.shape[0], 1, k.shape[2], 1, dtype=torch.bool, device=k.device)
+    for strip in strips:
+        for part in strip.parts:
+            ok = visible(inputs, spec, strip.rows, part.cols)
+            assert ok is not None
+            ok = ok[(None,) * (4 - ok.ndim)]
+            seen[:, 0, part.cols, 0] |= ok.flatten(1, 2).any(1)
+    return seen
+
+
+def _silence_empty_rows(q: Tensor, rows: RowGradients) -> tuple[Tensor, RowGradients]:
+    """Make rows that see nothing harmless: zeros whatever they hold, and lse +inf, so that p = 0."""
+    wide = _wide(q)
+    dout, dlse, out, lse = (None if x is None else x.to(wide) for x in rows)
+    empty = lse == -torch.inf
+    if q.device.type != "cpu" or bool(empty.any()):
+        q, dout, out = (x.masked_fill(empty[..., None], 0.0) for x in (q, dout, out))
+        dlse = None if dlse is None else dlse.masked_fill(empty, 0.0)
+        lse = lse.masked_fill(empty, torch.inf)
+    return q, RowGradients(dout, dlse, out, lse)
+
+
+def _entries_of(x: Tensor, entries: slice) -> Tensor:
+    """Batch entries of a tensor whose batch axis may have size 1 and then stays so."""
+    return x if x.shape[0] == 1 else x[entries]
+
+
+def _in_layout_of(x: Tensor, result: Tensor) -> Tensor:
+    """result with the dtype and the physical order that `like` gives it; a copy only if it differs."""
+    target = like(x, result.shape[3])
+    if result.dtype == target.dtype and result.stride() == target.stride():
+        return result
+    return target.copy_(result)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

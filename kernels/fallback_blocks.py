@@ -1,0 +1,250 @@
+"""The two engines of the fallback: each computes one block of attention, forward and backward.
+
+PyTorch's CPU operator is fast and takes plain softmax attention with an additive mask; matmuls take
+everything, on any device. Both compute in float32 or float64, whatever the inputs are stored in.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .fallback_plan import Limits
+from .spec import AttentionSpec, Inputs
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Block(NamedTuple):
+    """Query rows and keys that meet, in wide dtype.
+
+    q: (batch, heads_q, rows, head_dim); k, v: (batch, heads_kv, cols, ...). visible: bool, bias: any
+    float, keep (dropout): bool, each broadcasting to (batch, heads_q, rows, cols) or None.
+    causal: row r sees columns 0 ... r.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    visible: Tensor | None = None
+    bias: Tensor | None = None
+    keep: Tensor | None = None
+    causal: bool = False
+
+
+class RowGradients(NamedTuple):
+    """What the rows of a block know in backward, in wide dtype: gradients of out and lse, and both.
+
+    lse belongs to all keys of the row, not to those of the block; +inf where a row sees nothing.
+    """
+
+    dout: Tensor
+    dlse: Tensor | None
+    out: Tensor
+    lse: Tensor
+
+
+class BlockGradients(NamedTuple):
+    """A block's share of the gradients; dbias is that of every score."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dscores: Tensor | None
+
+
+class FlashEngine:
+    """PyTorch's CPU flash attention. Its 16-bit arithmetic is not used: it keeps dk and dv in 16 bits
+    while it sums them, and an exponential with an error of 5e-5."""
+
+    @staticmethod
+    def takes(inputs: Inputs, spec: AttentionSpec) -> bool:
+        """Whether the operator can compute the problem. It masks before it scales, so scale > 0."""
+        return (
+            inputs.q.device.type == "cpu"
+            and spec.softcap is None
+            and spec.dropout_p == 0.0
+            and spec.scale > 0.0
+        )
+
+    @staticmethod
+    def limits(inputs: Inputs, spec: AttentionSpec) -> Limits:
+        q, k = inputs.q, inputs.k
+        few = q.shape[2] <= _FEW_ROWS
+        rows = _MASK_ELEMENTS // (_planes(inputs.mask, inputs.bias) * k.shape[2])
+        rows = max(32, rows if spec.left is None else min(rows, 128))
+        # a conversion to float32 in slices stays in the cache, which is what counts with few rows
+        cols = _CONVERTED_COLS if few and q.element_size() == 2 else k.shape[2]
+        return Limits(rows, cols, whole=not few or q.shape[1] == k.shape[1])
+
+    @staticmethod
+    def forward(block: Block, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the rows over the keys of the block.
+
+        With few rows the heads of a group are stacked into rows: keys are then read once per group.
+        """
+        q, k, v = block.q, block.k, block.v
+        added = added_rows = _added(block)
+        stack = q.shape[1] != k.shape[1] and q.shape[2] <= _FEW_ROWS and not block.causal
+        if stack:
+            added_rows = None if added is None else _stack_added(added, q, k)
+            q = _group(q, k)
+        width = max(q.shape[3], v.shape[3])
+        out, lse = _flash(
+            *(_operand(x, width) for x in (q, k, v)),
+            0.0,
+            block.causal,
+            attn_mask=added_rows,
+            scale=spec.scale,
+        )
+        if stack:
+            out, lse = _ungroup(out, block.q), lse.reshape(block.q.shape[:3])
+        if v.shape[3] != width:
+            out = out[..., : v.shape[3]]
+        return (out, lse) if added is None else _mark_empty(out, lse, added)
+
+    @staticmethod
+    def backward(
+        block: Block, rows: RowGradients, spec: AttentionSpec, dscores: bool
+    ) -> BlockGradients:
+        """Exact shares of the gradients: the operator only needs the rows' out and lse.
+
+        It computes rowsum(dout·out) itself. One more column, 1 in dout and -dlse in out, subtracts dlse
+        there, and a 0 in v keeps it out of everything else.
+        """
+        assert not dscores
+        q, k, v, dout, out = block.q, block.k, block.v, rows.dout, rows.out
+        head_dim, head_dim_v = q.shape[3], v.shape[3]
+        width = max(head_dim, head_dim_v)
+        if rows.dlse is not None:
+            dout = torch.cat([dout, torch.ones_like(dout[..., :1])], -1)
+            out = torch.cat([out, -rows.dlse[..., None]], -1)
+            width = max(head_dim, head_dim_v + 1)
+        q, k, v, dout, out = (_operand(x, width) for x in (q, k, v, dout, out))
+        dq, dk, dv = _flash_backward(
+            dout, q, k, v, out, rows.lse, 0.0, block.causal, attn_mask=_added(block), scale=spec.scale
+        )
+        return BlockGradients(dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim_v], None)
+
+
+class MatmulEngine:
+    """The formula on a block, by matrix products: every option, every device."""
+
+    @staticmethod
+    def limits(inputs: Inputs, spec: AttentionSpec) -> Limits:
+        q, k = inputs.q, inputs.k
+        elements = _BLOCK_ELEMENTS if q.device.type == "cpu" else 16 * _BLOCK_ELEMENTS
+        if spec.dropout_p > 0.0:
+            elements //= 4  # Philox works in int64 with several words per element
+        cols = min(k.shape[2], 512)
+        return Limits(max(16, elements // (q.shape[0] * q.shape[1] * cols)), cols, False)
+
+    @staticmethod
+    def forward(block: Block, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the rows over the keys of the block."""
+        s, _ = _scores(block, spec)
+        peak = s.amax(-1, keepdim=True)
+        peak = peak.masked_fill(peak == -torch.inf, 0.0)
+        p = torch.exp(s - peak)
+        total = p.sum(-1, keepdim=True)
+        out = _ungroup(_group(_dropped(p, block, spec), block.k) @ block.v, block.q)
+        out = out / total.masked_fill(total == 0.0, 1.0)
+        return out, (peak + total.log()).squeeze(-1)
+
+    @staticmethod
+    def backward(
+        block: Block, rows: RowGradients, spec: AttentionSpec, dscores: bool
+    ) -> BlockGradients:
+        """FlashAttention-2 (Dao 2023), section 3.2, on one block; delta includes the gradient of lse."""
+        k, v, dout = block.k, block.v, rows.dout
+        delta = (dout * rows.out).sum(-1, keepdim=True)
+        if rows.dlse is not None:
+            delta = delta - rows.dlse[..., None]
+        s, slope = _scores(block, spec)
+        p = torch.exp(s - rows.lse[..., None])
+        dv = _group(_dropped(p, block, spec), k).mT @ _group(dout, k)
+        dp = _dropped(_ungroup(_group(dout, k) @ v.mT, dout), block, spec)
+        ds = p * (dp - delta)
+        if block.visible is not None:
+            ds = torch.where(block.visible, ds, 0.0)
+        dqk = spec.scale * (ds if slope is None else ds * slope)
+        dq = _ungroup(_group(dqk, k) @ k, block.q)
+        dk = _group(dqk, k).mT @ _group(block.q, k)
+        return BlockGradients(dq, dk, dv, ds if dscores else None)
+
+
+_MASK_ELEMENTS = 2**22
+_BLOCK_ELEMENTS = 2**21
+_FEW_ROWS = 16
+_CONVERTED_COLS = 512
+
+
+def _planes(*tensors: Tensor | None) -> int:
+    """How many different (batch, head) planes an element mask made of these has."""
+    return max((x.shape[0] * x.shape[1] for x in tensors if x is not None), default=1)
+
+
+def _operand(x: Tensor, width: int) -> Tensor:
+    """x as the operator reads it: head_dim `width`, zero-padded, and rows that BLAS can step over."""
+    if x.shape[3] != width:
+        return F.pad(x, (0, width - x.shape[3]))
+    return x if x.stride(3) == 1 and x.stride(2) >= width else x.contiguous()
+
+
+def _added(block: Block) -> Tensor | None:
+    """What the operator adds to the scores: the bias, -inf where hidden."""
+    bias = None if block.bias is None else block.bias.to(block.q.dtype)
+    if block.visible is not None:
+        shown = block.q.new_zeros(()) if bias is None else bias
+        return torch.where(block.visible[(None,) * (4 - block.visible.ndim)], shown, -torch.inf)
+    return bias if bias is None or bias.stride(3) == 1 else bias.contiguous()
+
+
+def _stack_added(added: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The additive mask of rows that are heads of a group times query rows."""
+    group = q.shape[1] // k.shape[1]
+    heads = max(added.shape[1], group)
+    added = added.expand(-1, heads, q.shape[2], -1)
+    return added.reshape(added.shape[0], heads // group, -1, added.shape[3])
+
+
+def _mark_empty(out: Tensor, lse: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """out 0 and lse -inf where all scores are -inf: the operator says lse 0, or NaN if q is."""
+    if bool(((lse == 0.0) | lse.isnan()).any()):
+        empty = (added.amax(-1) == -torch.inf).expand(lse.shape)
+        out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
+    return out, lse
+
+
+def _scores(block: Block, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
+    """Scores of a block, -inf where hidden, [batch, heads_q, rows, cols], and softcap's derivative."""
+    s = _ungroup(_group(spec.scale * block.q, block.k) @ block.k.mT, block.q)
+    slope = None
+    if spec.softcap is not None:
+        t = torch.tanh(s / spec.softcap)
+        s, slope = spec.softcap * t, 1.0 - t * t
+    if block.bias is not None:
+        s = s + block.bias.to(s.dtype)
+    if block.visible is not None:
+        s = s.masked_fill(~block.visible, -torch.inf)
+    return s, slope
+
+
+def _dropped(p: Tensor, block: Block, spec: AttentionSpec) -> Tensor:
+    if block.keep is None:
+        return p
+    return torch.where(block.keep, p / (1.0 - spec.dropout_p), 0.0)
+
+
+def _group(x: Tensor, k: Tensor) -> Tensor:
+    """Heads of a group below each other: [batch, heads_kv, group * rows, ...]."""
+    return x if x.shape[1] == k.shape[1] else x.reshape(x.shape[0], k.shape[1], -1, x.shape[3])
+
+
+def _ungroup(x: Tensor, q: Tensor) -> Tensor:
+    """Back to [batch, heads_q, rows, ...]."""
+    return x if x.shape[1] == q.shape[1] else x.reshape(x.shape[0], q.shape[1], -1, x.shape[3])
