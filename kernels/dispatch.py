@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .spec import IMPLEMENTATIONS, AttentionSpec, Inputs
+from .tracing import constant_when_traced
 
 MAX_HEAD_DIM = 256
 DEFAULT_IMPL = os.environ.get("UNDIVIDED_IMPL") or "auto"
@@ -62,7 +63,7 @@ def run(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]
     return ops.attention(inputs, spec, impl)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_traced
 @functools.cache
 def _triton_is_missing(device: torch.device) -> tuple[str, ...]:
     """Reasons that lie in the machine, asked once per device."""

@@ -26,6 +26,7 @@ from .spec import (
     make_inputs,
     make_spec,
 )
+from .tracing import constant_when_traced
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -166,7 +167,7 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_traced
 def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
