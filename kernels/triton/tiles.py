@@ -213,7 +213,7 @@ def element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE: tl.constexp
         if mask is not None:
             ok = ok & mask
         return ok
-    else:
+    elif mask is not None:
         return mask
 
 
@@ -344,3 +344,44 @@ def keep_mask(seed, last_dropped, plane, rows, first_col, BLOCK_K: tl.constexpr)
     last = last_dropped.to(tl.uint32, bitcast=True)
     even_odd = tl.join(tl.join(w0 > last, w2 > last), tl.join(w1 > last, w3 > last))
     return tl.reshape(even_odd, [rows.shape[0], BLOCK_K])
+
+
+@triton.jit
+def zero_hidden(x, ok):
+    """0 where a row does not see a key, whatever x holds there. ok: as `element_mask` returns it."""
+    if ok is not None:
+        return tl.where(ok, x, 0.0)
+    else:
+        return x
+
+
+@triton.jit
+def dropped(x, keep, kept_scale):
+    """Dropout applied to p or dp. keep: as `keep_mask` returns it, or None."""
+    if keep is not None:
+        return tl.where(keep, x * kept_scale, 0.0)
+    else:
+        return x
+
+
+@triton.jit
+def softcap_slope(dots, scale, softcap):
+    """Derivative of the capped score with respect to the score: 1 - tanh²(score / softcap)."""
+    return tanh_and_slope(dots * (scale / softcap))[1]
+
+
+@triton.jit
+def row_statistics(
+    offset_ptr, delta_ptr, first_row, seqlen_q, BLOCK_Q: tl.constexpr, MAY_BE_EMPTY: tl.constexpr
+):
+    """(lse offset, delta, lo) of BLOCK_Q query rows; lo is what `load_rows` takes for their q and dout.
+
+    Rows that are empty or past the end have offset +inf, and a lo that keeps them from being loaded.
+    """
+    index = first_row + tl.arange(0, BLOCK_Q)
+    if MAY_BE_EMPTY:
+        offset = tl.load(offset_ptr + index, mask=index < seqlen_q, other=float("inf"))
+        delta = tl.load(delta_ptr + index, mask=index < seqlen_q, other=0.0)
+        return offset, delta, tl.where(offset == float("inf"), seqlen_q, 0)[:, None]
+    else:
+        return tl.load(offset_ptr + index), tl.load(delta_ptr + index), 0
