@@ -64,9 +64,13 @@ def run(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]
 
 
 @constant_when_traced
-@functools.cache
 def _triton_is_missing(device: torch.device) -> tuple[str, ...]:
-    """Reasons that lie in the machine, asked once per device."""
+    """Reasons that lie in the machine."""
+    return _ask_the_machine(device)
+
+
+@functools.cache
+def _ask_the_machine(device: torch.device) -> tuple[str, ...]:
     if importlib.util.find_spec("triton") is None:
         return ("triton is not installed",)
     if device.type == "cuda":

@@ -116,12 +116,11 @@ def scaled_dot_product_attention(
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal is True, as in PyTorch")
     lead = _leading_axes(query, key, value, enable_gqa)
-    q, k, v = (_to_four_axes(x, lead) for x in (query, key, value))
+    q, k, v = (_to_four_axes(x, lead, enable_gqa) for x in (query, key, value))
     if attn_mask is not None:
         check_tensor("attn_mask", attn_mask)
         if attn_mask.ndim > 4:
-            heads = lead[-1:] if lead else ()
-            attn_mask = attn_mask.expand(*lead[:-1], *heads, *attn_mask.shape[-2:])
+            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-2:])
             attn_mask = attn_mask.reshape(-1, *attn_mask.shape[-3:])
     options: AttentionOptions = {"causal": is_causal, "dropout_p": dropout_p, "scale": scale}
     if attn_mask is not None:
@@ -186,11 +185,8 @@ def _leading_axes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         ) from error
 
 
-def _to_four_axes(x: Tensor, lead: tuple[int, ...]) -> Tensor:
-    """Broadcast the batch axes of x to those of `lead`; a missing heads axis is 1."""
-    while x.ndim < 3:
-        x = x[None]
-    heads = x.shape[-3] if x.shape[-3] != 1 or not lead else 1
-    batch = lead[:-1]
-    x = x.expand(*batch, heads, *x.shape[-2:])
-    return x if len(batch) == 1 else x.reshape(-1, *x.shape[-3:])
+def _to_four_axes(x: Tensor, lead: tuple[int, ...], enable_gqa: bool) -> Tensor:
+    """Broadcast the leading axes of x to `lead`, but for its own number of heads with enable_gqa."""
+    heads = x.shape[-3] if enable_gqa and x.ndim > 2 else lead[-1] if lead else 1
+    x = x.expand(*lead[:-1], heads, *x.shape[-2:])
+    return x if x.ndim == 4 else x.reshape(-1, *x.shape[-3:])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -82,10 +83,10 @@ def test_compile_with_options_and_sdpa_facade() -> None:
 
 def test_compile_does_not_recompile_per_length() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(windowed, fullgraph=True, backend=counter, dynamic=True)
-    for n in (5, 6, 9, 16, 33):
-        compiled(torch.randn(2, 4, n, 8), torch.randn(2, 2, n + 3, 8), torch.randn(2, 2, n + 3, 6))
+    for n in (20, 21, 25, 32, 49):  # sizes that are equal by chance would be compiled as one
+        compiled(torch.randn(2, 4, n, 8), torch.randn(2, 2, n + 50, 8), torch.randn(2, 2, n + 50, 6))
     assert counter.frame_count == 1
 
 
