@@ -229,8 +229,8 @@ def _shapes() -> list[Case]:
     groups = [(2, 1), (6, 3), (6, 2), (8, 1), (7, 1)]
     gqa = [Case(f"heads {m}x{n}", batch=1, seqlen_q=17, heads_q=m, heads_kv=n) for m, n in groups]
     gqa += [replace(case, name=f"causal {case.name}", causal=True) for case in gqa]
-    nothing = [("batch", 0), ("seqlen_q", 0), ("seqlen_k", 0)]
-    return sizes + causal + top_left + heads + gqa + [Case(f"no {n}", **{n: size}) for n, size in nothing]
+    nothing = [Case("no batch", batch=0), Case("no queries", seqlen_q=0), Case("no keys", seqlen_k=0)]
+    return sizes + causal + top_left + heads + gqa + nothing
 
 
 def _visibility() -> list[Case]:

@@ -39,9 +39,9 @@ class Oracle(NamedTuple):
     """The float64 answer and what a rounding error is measured against, element by element.
 
     value: the answer. cond: sums of absolute values. score_cond: the same sums with each query row
-    weighted by its largest score (before cancellation): what an error of the scores is multiplied
-    by. underflow: sums of the operand that meets a probability or a score gradient in a product: what
-    a subnormal one costs. dtype: of q, k and v.
+    weighted by the size of its exponents: what an error of the scores is multiplied by. underflow:
+    sums of the operand that meets a probability or a score gradient in a product: what a subnormal
+    one costs. dtype: of q, k and v.
     """
 
     value: Results
@@ -68,8 +68,9 @@ def solve(
     enters as it is, except that the subtraction leaves an error of the accumulation's roundoff
     however small the difference: c = 1 - t² + t²·u(accumulation)/u.
 
-    A row's weight in score_cond is L_i = max_j c·|scale|·Σ|q||k| + |softcap·t| + |bias| over the keys
-    that have p > 0: with the accumulation's roundoff, what its scores may be wrong by.
+    A row's weight in score_cond is |lse| + max_j c·|scale|·Σ|q||k| + |softcap·t| + |bias| over the
+    keys that have p > 0: times the accumulation's roundoff, what the exponent of p = exp(s - lse) may
+    be wrong by.
     """
     dtype = inputs.q.dtype
     exact = _double(inputs)
@@ -88,13 +89,15 @@ def solve(
 
     slope, level = _scores(torch.where(live_row, exact.q, 0.0), k, exact.bias, spec, dtype)
     level = torch.where(p > 0, level, 0.0)
-    weight = level.amax(-1, keepdim=True) if level.shape[-1] else torch.zeros_like(live_row, dtype=p.dtype)
-    k, v, visited = k.abs(), v.abs(), (p > 0).double()
+    weight = torch.where(live_row, value.lse[..., None].abs(), 0.0)
+    weight = weight + (level.amax(-1, keepdim=True) if level.shape[-1] else 0.0)
+    k, v = k.abs(), v.abs()
+    visited, survived = (p > 0).double(), torch.where(p > 0, kept / p, 0.0)
 
     cond_out = kept @ v
-    cond = Results(cond_out, torch.where(live_row, 1 + value.lse[..., None].abs(), 1.0)[..., 0])
+    cond = Results(cond_out, torch.ones_like(value.lse))
     score_cond = Results(cond_out * weight, weight[..., 0])
-    underflow = Results(visited @ v, torch.zeros_like(weight[..., 0]))
+    underflow = Results(survived @ v, torch.zeros_like(weight[..., 0]))
     if dout is None:
         return Oracle(value, cond, score_cond, underflow, dtype)
 
@@ -113,12 +116,13 @@ def solve(
             "dbias": None if exact.bias is None else terms.sum_to_size(exact.bias.shape),
         }
 
-    scaled_visits = abs(spec.scale) * visited
+    # whether the scale comes before or after the rounding of dS is the implementation's business
+    scaled_visits = max(abs(spec.scale), 1.0) * visited
     return Oracle(
         value,
         cond._replace(**gradients(scaled, kept, terms)),
         score_cond._replace(**gradients(scaled * weight, kept * weight, terms * weight)),
-        underflow._replace(**gradients(scaled_visits, visited, torch.zeros_like(terms))),
+        underflow._replace(**gradients(scaled_visits, survived, torch.zeros_like(terms))),
         dtype,
     )
 
@@ -130,17 +134,14 @@ def _double(inputs: Inputs) -> Inputs:
 
 
 def _answer(inputs: Inputs, spec: AttentionSpec, dout: Tensor | None, dlse: Tensor | None) -> Results:
-    """The reference and its gradients; those of a problem without keys are zeros."""
+    """The reference and its gradients."""
     if dout is None:
         return Results(*reference.attention(inputs, spec))
     leaves = [x.requires_grad_() for x in (*inputs[:3], inputs.bias) if x is not None]
     with torch.enable_grad():
         out, lse = reference.attention(inputs, spec)
-    if out.requires_grad:
-        roots, seeds = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
-        grads = torch.autograd.grad(roots, leaves, seeds, allow_unused=True, materialize_grads=True)
-    else:
-        grads = [torch.zeros_like(x) for x in leaves]
+    roots, seeds = ((out,), (dout,)) if dlse is None else ((out, lse), (dout, dlse))
+    grads = torch.autograd.grad(roots, leaves, seeds)
     for x in leaves:
         x.requires_grad_(False)
     return Results(out.detach(), lse.detach(), *grads)
@@ -151,7 +152,8 @@ def _probabilities(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]
     batch, heads_kv, seqlen_k, _ = inputs.k.shape
     eye = torch.eye(seqlen_k, dtype=torch.float64, device=inputs.k.device)
     reader = inputs._replace(v=eye.expand(batch, heads_kv, -1, -1))
-    return tuple(reference.attention(reader, s)[0] for s in (spec._replace(dropout_p=0.0), spec))
+    before, _ = reference.attention(reader, spec._replace(dropout_p=0.0))
+    return before, reference.attention(reader, spec)[0]
 
 
 def _score_gradient(inputs: Inputs, spec: AttentionSpec, dout: Tensor, dlse: Tensor | None) -> Tensor:
@@ -182,4 +184,4 @@ def _grouped(x: Tensor, heads_kv: int) -> Tensor:
 
 
 def _over_group(x: Tensor, heads_kv: int) -> Tensor:
-    return x if x.shape[1] == heads_kv else x.unflatten(1, (heads_kv, -1)).sum(2)
+    return x if x.shape[1] == heads_kv else x.reshape(x.shape[0], heads_kv, -1, *x.shape[2:]).sum(2)
