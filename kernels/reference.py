@@ -22,8 +22,6 @@ def attention(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """
     q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if k.shape[2] == 0:
-        return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -torch.inf, dtype=wide)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     ok = visible(inputs, spec)
     if ok is not None:
