@@ -1,0 +1,185 @@
+"""The backward pass: row statistics, then the gradients of keys, queries and bias, each by its own kernel.
+
+Recomputing the scores in each needs no atomics: the same bits on every run. Notation of Dao et al.
+2022, algorithm 4: delta = rowsum(out·dout), dS = P·(dP - delta).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..spec import AttentionSpec, Gradients, Inputs, like
+from . import tiles
+from .bias_gradient import dbias_kernel
+from .config import Kernel, TileConfig, architecture, tile_config
+from .key_gradients import dkdv_kernel
+from .launch import Launch, broadcast_strides, dropout_seed, dropped_bits, kept_scale
+from .query_gradient import dq_kernel
+
+ROW_STATISTICS = TileConfig(32, 32, num_warps=4, num_stages=1)
+
+
+@triton.jit(do_not_specialize=["heads", "seqlen_q"])
+def _row_statistics_kernel(
+    out_ptr,
+    out_strides,
+    dout_ptr,
+    dout_strides,
+    lse_ptr,
+    dlse_ptr,
+    bias_ptr,
+    offset_ptr,
+    delta_ptr,
+    softcap,
+    heads,
+    seqlen_q,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """delta = rowsum(out·dout) - dlse, and the lse as `tiles.probabilities` subtracts it.
+
+    An empty row gets delta 0 and offset +inf, whatever out, dout and dlse hold there.
+    """
+    n_tiles = tl.cdiv(seqlen_q, BLOCK_Q)
+    first_row = tl.program_id(0) % n_tiles * BLOCK_Q
+    plane = tl.program_id(0) // n_tiles
+    batch, head = plane // heads, plane % heads
+    out_rows = tiles.rows_of_head(out_ptr, out_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM_V, False)
+    dout_rows = tiles.rows_of_head(dout_ptr, dout_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM_V, False)
+    out = tiles.load_rows(out_rows, out_strides, first_row, 0, seqlen_q, BLOCK_Q, HEAD_DIM_V, True, False)
+    dout = tiles.load_rows(dout_rows, dout_strides, first_row, 0, seqlen_q, BLOCK_Q, HEAD_DIM_V, True, False)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+
+    index = first_row + tl.arange(0, BLOCK_Q)
+    rows = plane.to(tl.int64) * seqlen_q + index
+    inside = index < seqlen_q
+    lse = tl.load(lse_ptr + rows, mask=inside, other=float("-inf"))
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + rows, mask=inside, other=0.0)
+    delta = tl.where(lse == float("-inf"), 0.0, delta)
+    tl.store(delta_ptr + rows, delta, mask=inside)
+    tl.store(offset_ptr + rows, tiles.lse_offset(lse, softcap, bias_ptr), mask=inside)
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    needs: tuple[bool, bool, bool, bool],
+    config: Mapping[Kernel, TileConfig] | None = None,
+) -> Gradients:
+    """Gradients of one call, outside autograd; None where `needs` (q, k, v, bias) does not ask.
+
+    dout: (batch, heads_q, seqlen_q, head_dim_v), any strides. dlse: (batch, heads_q, seqlen_q) or
+    None. out, lse: as the forward pass returned them. config: tile sizes by kernel; the table's for
+    those it lacks.
+    """
+    gradients, launches = backward_launches(dout, dlse, out, lse, inputs, spec, needs, config)
+    for launch in launches:
+        launch.run(inputs.q.device)
+    return gradients
+
+
+def backward_launches(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    needs: tuple[bool, bool, bool, bool],
+    config: Mapping[Kernel, TileConfig] | None = None,
+) -> tuple[Gradients, list[Launch]]:
+    """The gradients, unfilled, and the launches that fill them, in their order.
+
+    With meta tensors and a config for every kernel: launches to compile only.
+    """
+    q, k, v, bias, mask, key_lengths, _ = inputs
+    batch, heads_q, seqlen_q, head_dim = q.shape
+    heads_kv, seqlen_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
+    dq, dk, dv = (like(x, x.shape[3]) if need else None for x, need in zip(inputs[:3], needs))
+    dbias = bias.new_empty(bias.shape) if bias is not None and needs[3] else None
+    gradients = Gradients(dq, dk, dv, dbias)
+    if all(g is None for g in gradients):
+        return gradients, []
+
+    if dout.stride(3) != 1:  # expanded by sum(), say: a copy costs less than reading it element by element
+        dout = dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    offset, delta = lse.new_empty(2, *lse.shape).unbind()
+    left, right = (None if x is None else min(x, seqlen_q + seqlen_k) for x in (spec.left, spec.right))
+    operands = (q, q.stride(), k, k.stride(), v, v.stride(), dout, dout.stride(), offset, delta)
+    options = (
+        bias, broadcast_strides(bias), mask, broadcast_strides(mask), key_lengths,
+        dropout_seed(inputs, spec), dropped_bits(spec.dropout_p), kept_scale(spec.dropout_p),
+        spec.scale, spec.softcap, heads_kv, heads_q // heads_kv, seqlen_q, seqlen_k,
+        spec.shift(seqlen_q, seqlen_k), left, right,
+    )  # fmt: skip
+
+    def row(kernel: Kernel) -> TileConfig:
+        tile = (config or {}).get(kernel)
+        if tile is None:
+            tile = tile_config(kernel, architecture(q.device), head_dim, head_dim_v, q.dtype)
+        if tile is None:
+            raise NotImplementedError(f"head_dim {head_dim} (v: {head_dim_v}) is larger than any tile")
+        return tile
+
+    def launch(kernel: Any, programs: int, outputs: tuple[Any, ...], tile: TileConfig) -> Launch:
+        constants = {
+            "HEAD_DIM": head_dim,
+            "HEAD_DIM_V": head_dim_v,
+            "BLOCK_Q": tile.block_q,
+            "BLOCK_K": tile.block_k,
+            "PRECISION": "tf32" if spec.tf32 else "ieee",
+        }
+        return Launch(kernel, programs, (*operands, *outputs, *options), constants, tile)
+
+    launches = [_row_statistics_launch(dout, dlse, out, lse, bias, offset, delta, spec)]
+    if dk is not None or dv is not None:
+        tile = row("dkdv")
+        programs = batch * heads_kv * -(-seqlen_k // tile.block_k)
+        outputs = (dk, _strides(dk), dv, _strides(dv))
+        launches.append(launch(dkdv_kernel, programs, outputs, tile))
+    if dq is not None:
+        tile = row("dq")
+        programs = batch * heads_q * -(-seqlen_q // tile.block_q)
+        launches.append(launch(dq_kernel, programs, (dq, dq.stride()), tile))
+    if dbias is not None:
+        tile = row("dbias")
+        n_batches, n_heads, n_rows, n_cols = dbias.shape
+        programs = n_batches * n_heads * -(-n_rows // tile.block_q) * -(-n_cols // tile.block_k)
+        outputs = (dbias, broadcast_strides(dbias), batch // n_batches, heads_q // n_heads, n_heads)
+        launches.append(launch(dbias_kernel, programs, outputs, tile))
+    return gradients, launches
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...] | None:
+    return None if x is None else x.stride()
+
+
+def _row_statistics_launch(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    offset: Tensor,
+    delta: Tensor,
+    spec: AttentionSpec,
+) -> Launch:
+    _, heads, seqlen_q, head_dim_v = out.shape
+    tile = ROW_STATISTICS
+    arguments = (
+        out, out.stride(), dout, dout.stride(), lse, dlse, bias, offset, delta, spec.softcap, heads, seqlen_q,
+    )  # fmt: skip
+    programs = out.shape[0] * heads * -(-seqlen_q // tile.block_q)
+    constants = {"HEAD_DIM_V": head_dim_v, "BLOCK_Q": tile.block_q}
+    return Launch(_row_statistics_kernel, programs, arguments, constants, tile)

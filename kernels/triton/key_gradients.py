@@ -1,0 +1,182 @@
+"""dk and dv: one program per key tile walks over the queries that may see it, for all heads of its group."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import tiles
+
+
+@triton.jit
+def _gather_from_queries(
+    dk,
+    dv,
+    k,
+    v,
+    queries,
+    pairs,
+    dropout,
+    where,
+    window,
+    start,
+    stop,
+    unit,
+    scale,
+    softcap,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    EDGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add to dk and dv of a key tile what query tiles from start to stop contribute.
+
+    Everything is transposed, [BLOCK_K, BLOCK_Q], so that P and dS go from registers into the next
+    product. EDGE visits the tiles on both sides of [full_lo, full_hi) in one loop: a loop of its
+    own for each side costs registers that spill.
+    """
+    q_rows, q_strides, dout_rows, dout_strides, offset_ptr, delta_ptr = queries
+    bias_ptr, bias_strides, mask_ptr, mask_strides = pairs
+    seed, last_dropped, kept_scale, plane = dropout
+    batch, head, first_col = where
+    seqlen_q, n_keys, shift, left, right, full_lo, full_hi = window
+    cols = first_col + tl.arange(0, BLOCK_K)[:, None]
+    # Only such tiles can meet rows that are empty or past the end; their q and dout may be NaN.
+    MAY_BE_EMPTY: tl.constexpr = EDGE or bias_ptr is not None or mask_ptr is not None
+    for first_row in tl.range(start, stop, BLOCK_Q):
+        if EDGE:
+            first_row = tl.where(first_row < full_lo, first_row, first_row + (full_hi - full_lo))
+        first_row = tl.multiple_of(first_row, BLOCK_Q)
+        rows = tiles.row_numbers(first_row, seqlen_q, BLOCK_Q)[None, :]
+        offset, delta, hidden_to = tiles.row_statistics(
+            offset_ptr, delta_ptr, first_row, seqlen_q, BLOCK_Q, MAY_BE_EMPTY
+        )
+        q = tiles.load_rows(
+            q_rows, q_strides, first_row, hidden_to, seqlen_q, BLOCK_Q, HEAD_DIM, MAY_BE_EMPTY, False
+        )
+        dout = tiles.load_rows(
+            dout_rows, dout_strides, first_row, hidden_to, seqlen_q, BLOCK_Q, HEAD_DIM_V, MAY_BE_EMPTY, False
+        )
+        mask = None
+        bias = None
+        keep = None
+        if mask_ptr is not None:
+            mask = tiles.load_pairs(mask_ptr, mask_strides, batch, head, rows, cols, n_keys, EDGE)
+        if bias_ptr is not None:
+            bias = tiles.load_pairs(bias_ptr, bias_strides, batch, head, rows, cols, n_keys, EDGE)
+        if seed is not None:
+            keep = tiles.keep_mask(seed, last_dropped, plane, rows.T, first_col, BLOCK_K).T
+        ok = tiles.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE)
+
+        dots = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_K, BLOCK_Q]
+        s = tiles.scores(dots, scale, softcap, bias)
+        p = tiles.zero_hidden(tiles.probabilities(s, unit, offset[None, :], softcap, bias), ok)
+        if dv is not None:
+            p_kept = tiles.dropped(p, keep, kept_scale)
+            dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        if dk is not None:
+            dp = tiles.dropped(tl.dot(v, dout.T, input_precision=PRECISION), keep, kept_scale)
+            ds = p * (dp - delta[None, :])
+            if softcap is not None:
+                ds *= tiles.softcap_slope(dots, scale, softcap)
+            ds = tiles.zero_hidden(ds, ok)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=[
+    "last_dropped", "heads_kv", "group", "seqlen_q", "seqlen_k", "shift", "left", "right",
+])  # fmt: skip
+def dkdv_kernel(
+    q_ptr,
+    q_strides,
+    k_ptr,
+    k_strides,
+    v_ptr,
+    v_strides,
+    dout_ptr,
+    dout_strides,
+    offset_ptr,
+    delta_ptr,
+    dk_ptr,
+    dk_strides,
+    dv_ptr,
+    dv_strides,
+    bias_ptr,
+    bias_strides,
+    mask_ptr,
+    mask_strides,
+    lengths_ptr,
+    seed_ptr,
+    last_dropped,
+    kept_scale,
+    scale,
+    softcap,
+    heads_kv,
+    group,
+    seqlen_q,
+    seqlen_k,
+    shift,
+    left,
+    right,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dv = dropout(P)ᵀ·dout and dk = scale·dSᵀ·q of one key tile, over the query heads that share it."""
+    tile, batch, head_kv, _ = tiles.whose_tile(
+        tl.program_id(0), tl.cdiv(seqlen_k, BLOCK_K), heads_kv, 1, False
+    )
+    first_col = tile * BLOCK_K
+    n_keys = tiles.keys_of(batch, lengths_ptr, seqlen_k)
+    lo, full_lo, full_hi, hi = tiles.visible_queries(
+        first_col, seqlen_q, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
+    )
+    k_rows = tiles.rows_of_head(k_ptr, k_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM, False)
+    v_rows = tiles.rows_of_head(v_ptr, v_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM_V, False)
+    k = tiles.load_rows(k_rows, k_strides, first_col, 0, n_keys, BLOCK_K, HEAD_DIM, True, False)
+    v = tiles.load_rows(v_rows, v_strides, first_col, 0, n_keys, BLOCK_K, HEAD_DIM_V, True, False)
+    unit = tiles.score_unit(scale, softcap, bias_ptr)
+    dk = None
+    dv = None
+    if dk_ptr is not None:
+        dk = tl.zeros([BLOCK_K, max(16, triton.next_power_of_2(HEAD_DIM))], tl.float32)
+    if dv_ptr is not None:
+        dv = tl.zeros([BLOCK_K, max(16, triton.next_power_of_2(HEAD_DIM_V))], tl.float32)
+    pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides)
+    window = (seqlen_q, n_keys, shift, left, right, full_lo, full_hi)
+    lo = lo // BLOCK_Q * BLOCK_Q
+    for member in tl.range(0, group):
+        head = head_kv * group + member
+        plane = batch * heads_kv * group + head
+        first_statistic = plane.to(tl.int64) * seqlen_q
+        queries = (
+            tiles.rows_of_head(q_ptr, q_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM, False),
+            q_strides,
+            tiles.rows_of_head(dout_ptr, dout_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM_V, False),
+            dout_strides,
+            offset_ptr + first_statistic,
+            delta_ptr + first_statistic,
+        )
+        dropout = (None, None, None, None)
+        if seed_ptr is not None:
+            dropout = (tl.load(seed_ptr), last_dropped, kept_scale, plane)
+        where = (batch, head, first_col)
+        dk, dv = _gather_from_queries(
+            dk, dv, k, v, queries, pairs, dropout, where, window, lo, hi - (full_hi - full_lo), unit, scale,
+            softcap, BLOCK_Q, BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, PRECISION,
+        )  # fmt: skip
+        dk, dv = _gather_from_queries(
+            dk, dv, k, v, queries, pairs, dropout, where, window, full_lo, full_hi, unit, scale,
+            softcap, BLOCK_Q, BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, PRECISION,
+        )  # fmt: skip
+    if dk_ptr is not None:
+        dk_rows = tiles.rows_of_head(dk_ptr, dk_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM, False)
+        tiles.store_rows(dk_rows, dk_strides, first_col, seqlen_k, dk * scale, BLOCK_K, HEAD_DIM)
+    if dv_ptr is not None:
+        dv_rows = tiles.rows_of_head(dv_ptr, dv_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM_V, False)
+        tiles.store_rows(dv_rows, dv_strides, first_col, seqlen_k, dv, BLOCK_K, HEAD_DIM_V)

@@ -1,0 +1,154 @@
+"""dq: one program per query tile walks over the keys that tile may see."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import tiles
+
+
+@triton.jit
+def _gather_from_keys(
+    dq,
+    q,
+    dout,
+    offset,
+    delta,
+    keys,
+    pairs,
+    dropout,
+    where,
+    window,
+    start,
+    stop,
+    unit,
+    scale,
+    softcap,
+    BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    EDGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add to dq of a query tile what key tiles from start to stop contribute."""
+    k_rows, k_strides, v_rows, v_strides = keys
+    bias_ptr, bias_strides, mask_ptr, mask_strides = pairs
+    seed, last_dropped, kept_scale, plane = dropout
+    batch, head, rows = where
+    n_keys, shift, left, right, lo, full_lo, full_hi, hi = window
+    for first_col in tl.range(start, stop, BLOCK_K):
+        if EDGE:
+            first_col = tl.where(first_col < full_lo, first_col, first_col + (full_hi - full_lo))
+        first_col = tl.multiple_of(first_col, BLOCK_K)
+        cols = first_col + tl.arange(0, BLOCK_K)[None, :]
+        k = tiles.load_rows(k_rows, k_strides, first_col, lo, hi, BLOCK_K, HEAD_DIM, EDGE, False)
+        v = tiles.load_rows(v_rows, v_strides, first_col, lo, hi, BLOCK_K, HEAD_DIM_V, EDGE, False)
+        mask = None
+        bias = None
+        keep = None
+        if mask_ptr is not None:
+            mask = tiles.load_pairs(mask_ptr, mask_strides, batch, head, rows, cols, n_keys, EDGE)
+        if bias_ptr is not None:
+            bias = tiles.load_pairs(bias_ptr, bias_strides, batch, head, rows, cols, n_keys, EDGE)
+        if seed is not None:
+            keep = tiles.keep_mask(seed, last_dropped, plane, rows, first_col, BLOCK_K)
+        ok = tiles.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE)
+        if mask_ptr is not None:
+            seen = tiles.any_row(ok)
+            k = tiles.zero_unless(seen, k)
+            v = tiles.zero_unless(seen, v)
+
+        dots = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
+        dp = tiles.dropped(tl.dot(dout, v.T, input_precision=PRECISION), keep, kept_scale)
+        s = tiles.scores(dots, scale, softcap, bias)
+        p = tiles.probabilities(s, unit, offset[:, None], softcap, bias)
+        ds = p * (dp - delta[:, None])
+        if softcap is not None:
+            ds *= tiles.softcap_slope(dots, scale, softcap)
+        ds = tiles.zero_hidden(ds, ok)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=[
+    "last_dropped", "heads_kv", "group", "seqlen_q", "seqlen_k", "shift", "left", "right",
+])  # fmt: skip
+def dq_kernel(
+    q_ptr,
+    q_strides,
+    k_ptr,
+    k_strides,
+    v_ptr,
+    v_strides,
+    dout_ptr,
+    dout_strides,
+    offset_ptr,
+    delta_ptr,
+    dq_ptr,
+    dq_strides,
+    bias_ptr,
+    bias_strides,
+    mask_ptr,
+    mask_strides,
+    lengths_ptr,
+    seed_ptr,
+    last_dropped,
+    kept_scale,
+    scale,
+    softcap,
+    heads_kv,
+    group,
+    seqlen_q,
+    seqlen_k,
+    shift,
+    left,
+    right,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq = scale·dS·k of one query tile."""
+    tile, batch, head, head_kv = tiles.whose_tile(
+        tl.program_id(0), tl.cdiv(seqlen_q, BLOCK_Q), heads_kv, group, right is not None
+    )
+    first_row = tile * BLOCK_Q
+    plane = batch * heads_kv * group + head
+    n_keys = tiles.keys_of(batch, lengths_ptr, seqlen_k)
+    lo, full_lo, full_hi, hi = tiles.visible_keys(
+        first_row, seqlen_q, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
+    )
+    q_rows = tiles.rows_of_head(q_ptr, q_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM, False)
+    dout_rows = tiles.rows_of_head(dout_ptr, dout_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM_V, False)
+    q = tiles.load_rows(q_rows, q_strides, first_row, 0, seqlen_q, BLOCK_Q, HEAD_DIM, True, False)
+    dout = tiles.load_rows(dout_rows, dout_strides, first_row, 0, seqlen_q, BLOCK_Q, HEAD_DIM_V, True, False)
+    statistics = plane.to(tl.int64) * seqlen_q
+    offset, delta, _ = tiles.row_statistics(
+        offset_ptr + statistics, delta_ptr + statistics, first_row, seqlen_q, BLOCK_Q, True
+    )
+    unit = tiles.score_unit(scale, softcap, bias_ptr)
+    k_rows = tiles.rows_of_head(k_ptr, k_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM, False)
+    v_rows = tiles.rows_of_head(v_ptr, v_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM_V, False)
+    keys = (k_rows, k_strides, v_rows, v_strides)
+    pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides)
+    dropout = (None, None, None, None)
+    if seed_ptr is not None:
+        dropout = (tl.load(seed_ptr), last_dropped, kept_scale, plane)
+    where = (batch, head, tiles.row_numbers(first_row, seqlen_q, BLOCK_Q)[:, None])
+    window = (n_keys, shift, left, right, lo, full_lo, full_hi, hi)
+    dq = tl.zeros([BLOCK_Q, max(16, triton.next_power_of_2(HEAD_DIM))], tl.float32)
+    dq = _gather_from_keys(
+        dq, q, dout, offset, delta, keys, pairs, dropout, where, window, full_lo, full_hi, unit, scale,
+        softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, PRECISION,
+    )  # fmt: skip
+    start = lo // BLOCK_K * BLOCK_K
+    dq = _gather_from_keys(
+        dq, q, dout, offset, delta, keys, pairs, dropout, where, window, start, hi - (full_hi - full_lo), unit,
+        scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, PRECISION,
+    )  # fmt: skip
+    # An empty row may hold NaN in q and dout, and its neighbours' keys have met it.
+    dq = tl.where((offset == float("inf"))[:, None], 0.0, dq * scale)
+    dq_rows = tiles.rows_of_head(dq_ptr, dq_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM, False)
+    tiles.store_rows(dq_rows, dq_strides, first_row, seqlen_q, dq, BLOCK_Q, HEAD_DIM)
