@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.functional import attention
-from ..kernels.spec import AttentionOptions, AttentionStats
+from ..kernels.spec import AttentionOptions
 from .weights import attention_weights
 
 
@@ -99,18 +99,17 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
 
-        weights = None
         if need_weights:
+            options["want"] = ("lse",)
             if options["dropout_p"] > 0.0:  # weights and output must lose the same elements
                 options["seed"] = torch.randint(2**63 - 1, (), device=q.device)
-            stats = attention(q, k, v, **options, want=("lse",))
-            assert isinstance(stats, AttentionStats)
-            assert stats.lse is not None
-            out = stats.out
-            weights = attention_weights(q, k, stats.lse, options, average=average_attn_weights)
+        result = attention(q, k, v, **options)
+        if isinstance(result, Tensor):
+            out, weights = result, None
         else:
-            out = attention(q, k, v, **options)
-            assert isinstance(out, Tensor)
+            assert result.lse is not None
+            out = result.out
+            weights = attention_weights(q, k, result.lse, options, average=average_attn_weights)
 
         merged = out.transpose(1, 2).flatten(2)  # [N, L, embed_dim]
         if query.dim() == 2:
@@ -187,7 +186,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             if pad.dtype == torch.bool and attn.dtype == torch.bool:
                 pad = torch.zeros_like(pad, dtype=q.dtype).masked_fill(pad, -torch.inf)
             elif pad.dtype != torch.bool and attn.dtype != torch.bool:
-                pad, attn = None, attn + pad
+                attn, pad = attn + pad, None
         mask = bias = None
         for part in (pad, attn):
             if part is not None and part.dtype == torch.bool:
