@@ -4,3 +4,14 @@ A kernel module holds one pass: the `@triton.jit` kernel, written as a sentence 
 functions of `tiles.py`, and the launcher that fills its arguments. Tile sizes are data, in
 `config.py`. Nothing outside this folder imports triton, so the package works without it.
 """
+
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from .backward import attention_backward
+from .forward import attention_forward
+
+BUILD_ERRORS = (CompilationError, OutOfResources, PTXASError)
+"""What goes wrong before a kernel is launched; after it, nothing may be retried."""
+
+__all__ = ["BUILD_ERRORS", "attention_backward", "attention_forward"]
