@@ -12,7 +12,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,9 +161,7 @@ def measure(case: Case, device: torch.device, tokens: int = TOKENS) -> Iterator[
             continue
         runs = {
             "forward": _without_gradients(functools.partial(call, q, k, v)),
-            "backward": functools.partial(
-                torch.autograd.grad, out, (q, k, v), dout, retain_graph=True
-            ),
+            "backward": functools.partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True),
         }
         for direction, run in runs.items():
             low, median, high = seconds(run, device)
@@ -172,7 +170,7 @@ def measure(case: Case, device: torch.device, tokens: int = TOKENS) -> Iterator[
                 "median_ms": round(median * 1e3, 4),
                 "p20_ms": round(low * 1e3, 4),
                 "p80_ms": round(high * 1e3, 4),
-                "tflops": round(work[direction] / median * 1e-12, 1),
+                "tflops": float(f"{work[direction] / median * 1e-12:.4g}"),
                 "clocks": clocks(device),
             }
 
@@ -185,23 +183,21 @@ def _without_gradients(call: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def _first(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One batch entry and one key head with its query heads: float64 needs every score at once."""
-    group = q.shape[1] // k.shape[1]
-    return q[:1, :group], k[:1, :1], v[:1, :1]
-
-
 def _truth(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> oracle.Oracle:
-    inputs = Inputs(*(x.detach() for x in _first(case, q, k, v)))
-    return oracle.solve(inputs, case.spec, _first(case, dout, k, v)[0])
+    q, k, v, dout = _one_group(case, [q, k, v, dout])
+    return oracle.solve(Inputs(q, k, v), case.spec, dout)
 
 
-def _judge(
-    truth: oracle.Oracle, case: Case, out: Tensor, grads: tuple[Tensor, ...]
-) -> list[budget.Finding]:
-    dq, dk, dv = _first(case, *grads)
-    out, _, _ = _first(case, out, dk, dv)
+def _judge(truth: oracle.Oracle, case: Case, out: Tensor, grads: tuple[Tensor, ...]) -> list[budget.Finding]:
+    dq, dk, dv, out = _one_group(case, [*grads, out])
     return budget.measure(oracle.Results(out=out, dq=dq, dk=dk, dv=dv), truth, "kernel")
+
+
+def _one_group(case: Case, like_qkvq: Sequence[Tensor]) -> list[Tensor]:
+    """One batch entry and one key head with its query heads: float64 needs every score at once."""
+    heads_q, heads_kv = case.heads
+    group = heads_q // heads_kv
+    return [x.detach()[:1, :heads] for x, heads in zip(like_qkvq, (group, 1, 1, group))]
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> tuple[float, float, float]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import spec as contract
+from ...kernels.triton.backward import attention_backward
 from ...kernels.triton.forward import attention_forward
 from .absent_gpu import absent_gpu
 from .report import PRODUCTS, Row, Variant, figures
@@ -102,5 +103,4 @@ def call(variant: Variant) -> None:
     inputs = contract.make_inputs(q, k, v, options)
     spec = contract.make_spec(variant.head_dim, options, top_left=False, tf32=False)
     out, lse = attention_forward(inputs, spec)
-    return
     attention_backward(dout, None, out, lse, inputs, spec, (True, True, True, inputs.bias is not None))

@@ -1,0 +1,135 @@
+"""What to do when a GPU is at hand: the tests natively, then the sweep, then one file of results.
+
+`bench/gpu.sh` calls this. Exit status 0: all done, all passed; 1: all done, something failed; 75: not
+everything fitted into the time, call again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import gpu_sweep, lane
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+TEST_SECONDS, CASE_SECONDS = 240.0, 90.0
+NO_TESTS_LEFT = 5  # pytest's exit status when every test of a file was deselected
+CALL_AGAIN = os.EX_TEMPFAIL
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do as much as fits into the minutes given; what an earlier call did is not done again."""
+    parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=9.0, help="stop before (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu", help="where the journal lies")
+    parser.add_argument("--only", choices=("tests", "sweep"), help="leave out the other part")
+    parser.add_argument("--fresh", action="store_true", help="forget what was done")
+    options = parser.parse_args(arguments)
+    journal = options.work / "journal.jsonl"
+    if options.fresh:
+        journal.unlink(missing_ok=True)
+    if not torch.cuda.is_available():
+        parser.error("PyTorch sees no GPU here")
+
+    complete = lane.run(tasks(options.only), journal, options.minutes * 60)
+    outcomes = lane.journal_of(journal)
+    path = write(outcomes, complete, RESULTS)
+    if os.environ.get("OUT"):
+        for file in (path, journal):
+            shutil.copy(file, os.environ["OUT"])
+    print(table(outcomes))
+    failed = [outcome for outcome in outcomes if outcome.status != "passed"]
+    for outcome in failed:
+        print(f"\n{outcome.name} {outcome.status}:\n{outcome.tail[-1500:]}")
+    print(f"\n{path}: {len(outcomes)} done, {len(failed)} failed, {'complete' if complete else 'call again'}")
+    return CALL_AGAIN if not complete else 1 if failed else 0
+
+
+def tasks(only: str | None = None) -> Iterator[lane.Task]:
+    """Each file of tests, then each case of the sweep, in a process of its own."""
+    if only != "sweep":
+        for file in sorted(ROOT.glob("tests/test_*.py")):
+            command = [sys.executable, "-m", "pytest", "-q", "-m", "not full and not compile", str(file)]
+            yield lane.Task(f"tests/{file.name}", command, TEST_SECONDS, (0, NO_TESTS_LEFT))
+    if only != "tests":
+        for name in gpu_sweep.CASES:
+            command = [sys.executable, "-m", "undivided.bench.gpu_sweep", name]
+            yield lane.Task(f"sweep/{name}", command, CASE_SECONDS)
+
+
+def write(outcomes: Sequence[lane.Outcome], complete: bool, folder: Path) -> Path:
+    """One file: where it ran, what passed, every figure."""
+    document = {
+        "environment": environment(),
+        "complete": complete,
+        "tests": [o._asdict() for o in outcomes if o.name.startswith("tests/")],
+        "sweep": [o._asdict() for o in outcomes if o.name.startswith("sweep/")],
+    }
+    for entry in (*document["tests"], *document["sweep"]):
+        if entry["status"] == "passed":
+            del entry["tail"]
+    gpu = re.sub(r"[^a-z0-9]+", "-", document["environment"]["gpu"].lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{gpu}-{document['environment']['date']}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the machine: what a figure means nothing without."""
+    import triton
+
+    gpu = torch.cuda.is_available()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name() if gpu else "none",
+        "capability": torch.cuda.get_device_capability() if gpu else None,
+        "clocks": gpu_sweep.clocks(torch.device("cuda")) if gpu else None,
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": triton.__version__,
+        "ptxas": os.environ.get("TRITON_PTXAS_PATH"),
+        "python": platform.python_version(),
+        "revision": _revision(),
+    }
+
+
+def _revision() -> str | None:
+    """The commit, where the checkout came with its history."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def table(outcomes: Sequence[lane.Outcome]) -> str:
+    """TFLOP/s by case and direction, one column per implementation."""
+    figures: dict[tuple[str, str], dict[str, float]] = {}
+    for record in (record for outcome in outcomes for record in outcome.records):
+        if "tflops" in record:
+            row = figures.setdefault((record["case"], record["direction"]), {})
+            row[record["implementation"]] = record["tflops"]
+    names = sorted({name for row in figures.values() for name in row})
+    lines = [f"{'TFLOP/s':34}" + "".join(f"{name[-14:]:>16}" for name in names)]
+    for (case, direction), row in figures.items():
+        cells = "".join(f"{row[name]:16.1f}" if name in row else f"{'':16}" for name in names)
+        lines.append(f"{case + ' ' + direction:34}{cells}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
