@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 NO_EVIDENCE = "no evidence"
 STATES = (NO_EVIDENCE, "compiled", "interpreted", "run natively")
 """From least to most: the interpreter executes the kernels, with numpy for the GPU."""
@@ -58,6 +60,16 @@ def state_of(implementation: str, architecture: str, triton_version: str | None 
         and entry.triton in (None, triton_version)
     ]
     return max(states, key=STATES.index, default=NO_EVIDENCE)
+
+
+def architecture(device: torch.device) -> str:
+    """Name of a kind of device: "cpu", "sm_90", "gfx942", ..."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def markdown() -> str:

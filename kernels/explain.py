@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from . import dispatch, evidence
@@ -85,23 +84,13 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AttentionOptions]
         call=_describe(inputs, spec),
         chosen=chosen,
         reasons=reasons,
-        evidence=evidence.state_of(chosen, architecture(inputs.q.device)) if chosen else "none",
+        evidence=evidence.state_of(chosen, evidence.architecture(inputs.q.device)) if chosen else "none",
         flops_forward=forward_flops(*shapes, spec),
         flops_backward=backward_flops(*shapes, spec),
         bytes_forward=_bytes(inputs),
         tiles=-(-seqlen_q // TILE) * -(-seqlen_k // TILE),
         tiles_visited=_tiles_visited(spec, seqlen_q, seqlen_k),
     )
-
-
-def architecture(device: torch.device) -> str:
-    """Name under which evidence is kept: "cpu", "sm_90", "gfx942", ..."""
-    if device.type != "cuda":
-        return device.type
-    if torch.version.hip is not None:
-        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
 
 
 def _passed_over(name: str, order: str, device_type: str) -> str:

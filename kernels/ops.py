@@ -9,6 +9,7 @@ silent zeros under forward-mode AD.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import flops
+from . import evidence, flops
 from .spec import AttentionSpec, Gradients, Inputs, like
 
 NAMESPACE = "undivided"
@@ -150,6 +151,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     if _is_empty(inputs):
         out, lse = _allocate_forward(*args)
         return out.zero_(), lse.fill_(-torch.inf)
+    if impl == "auto":
+        _say_if_untried(inputs.q.device)
     return _first_that_compiles(impl, "attention_forward", inputs, spec)  # type: ignore[no-any-return]
 
 
@@ -206,6 +209,20 @@ def _first_that_compiles(impl: str, function: str, *args: Any) -> Any:
                 stacklevel=2,
             )
     return getattr(_implementation(chain[-1]), function)(*args)
+
+
+@functools.cache
+def _say_if_untried(device: torch.device) -> None:
+    """Warn once where nobody has shown the kernels right on this kind of device."""
+    architecture = evidence.architecture(device)
+    state = evidence.state_of("triton", architecture)
+    if state != "run natively":
+        warnings.warn(
+            f"undivided: its kernels have not been checked on {architecture} (evidence: {state}); "
+            "`bash bench/gpu.sh` in a checkout does",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _implementation(name: str) -> ModuleType:

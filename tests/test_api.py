@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import pytest
@@ -202,6 +203,17 @@ def test_kernel_that_does_not_build_falls_back_once_and_only_under_auto(
     assert out.shape == (2, 4, 5, 8)
     with pytest.raises(BuildError):
         ops.attention(inputs, options, "triton")
+
+
+def test_untried_hardware_is_mentioned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU nobody has checked, silence would read as a promise."""
+    monkeypatch.setattr(ops.evidence, "architecture", lambda device: "sm_1")
+    ops._say_if_untried.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"not been checked on sm_1 \(evidence: no evidence\).*gpu.sh"):
+        ops._say_if_untried(torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops._say_if_untried(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("axis", range(6))
