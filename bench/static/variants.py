@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import spec as contract
-from ...kernels.triton.backward import attention_backward
-from ...kernels.triton.forward import attention_forward
+from ...kernels.triton import attention_backward, attention_forward
 from .absent_gpu import absent_gpu
 from .report import PRODUCTS, Row, Variant, figures
 from .targets import TARGETS
