@@ -43,7 +43,7 @@ def fenced(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """Within it, tensors that PyTorch would leave uninitialised are poison: an element never written shows."""
+    """Within it, tensors that PyTorch would leave uninitialised are poison: a forgotten element shows."""
     makers: list[tuple[Any, str]] = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided")]
     makers += [(Tensor, "new_empty"), (Tensor, "new_empty_strided")]
     with contextlib.ExitStack() as patches:

@@ -1,0 +1,160 @@
+"""Nothing is read that should not be, nothing is left unwritten, nothing of the caller's changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from undivided.conformance.cases import Case, Extra, Problem
+from undivided.conformance.check import evaluate, ours
+from undivided.conformance.memory import fenced, poisoned_allocations
+from undivided.conformance.oracle import Results
+from undivided.kernels.masks import visible
+
+IMPLEMENTATIONS = ["reference", "fallback", "triton"]
+TENSORS = ("q", "k", "v", "dout", "dlse")
+
+CASES = [
+    Case("odd", seqlen_q=17, seqlen_k=33, head_dim=20, heads_q=4),
+    Case("causal", seqlen_q=33, seqlen_k=19, causal=True, head_dim_v=5),
+    Case("window", seqlen_q=35, seqlen_k=50, window=(3, 2), batch=1),
+    Case("masked", seqlen_q=18, mask=Extra("random", "bqk"), bias=Extra("random", "hqk")),
+    Case("broadcast", seqlen_q=18, mask=Extra("padding_left", "bk"), bias=Extra("random", "hk"), softcap=2.0),
+    Case("lengths", seqlen_q=5, key_lengths=(3, 31), dropout_p=0.2, layout="bshd"),
+    Case("expanded", seqlen_q=5, layout="expanded_batch"),
+]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def problem(request: pytest.FixtureRequest, device: torch.device) -> Problem:
+    return request.param.build(torch.float32, device)
+
+
+def with_tensors(problem: Problem, change: object) -> Problem:
+    """The same problem, with every tensor of it replaced by change(name, tensor)."""
+    options = {n: change(n, x) if isinstance(x, Tensor) else x for n, x in problem.options.items()}
+    return problem._replace(**{n: change(n, getattr(problem, n)) for n in TENSORS}, options=options)
+
+
+def assert_same(a: Results, b: Results) -> None:
+    """Bitwise, and finite: two NaN are not the same."""
+    for name, x, y in zip(Results._fields, a, b):
+        assert (x is None and y is None) or torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_nothing_outside_a_tensor_is_read(impl: str, problem: Problem) -> None:
+    """A load past the last row, column or head, or one that ignores a stride."""
+    fence = with_tensors(problem, lambda name, x: fenced(x))
+    assert_within_a_last_bit(evaluate(ours(impl), fence), evaluate(ours(impl), problem))
+
+
+def assert_within_a_last_bit(a: Results, b: Results) -> None:
+    """Other strides may be summed in another order by a library; NaN never passes."""
+    for x, y in zip(a, b):
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_every_element_is_written(impl: str, problem: Problem) -> None:
+    """Rows without keys, heads of a group or a last partial tile that a kernel forgets to store."""
+    with poisoned_allocations():
+        poisoned = evaluate(ours(impl), problem)
+    assert_same(poisoned, evaluate(ours(impl), problem))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_inputs_are_not_modified(impl: str, problem: Problem) -> None:
+    """q scaled in place, a mask completed in place, dout used as scratch."""
+    before = with_tensors(problem, lambda name, x: x.clone())
+    evaluate(ours(impl), problem)
+    for a, b in zip(problem, before):
+        assert not isinstance(a, Tensor) or torch.equal(a, b)
+    for name, x in problem.options.items():
+        assert not isinstance(x, Tensor) or torch.equal(x, before.options[name])
+
+
+HIDDEN = {
+    "past the lengths": Case("lengths", key_lengths=(21, 4), heads_q=4),
+    "an empty sequence": Case("lengths", key_lengths=(0, 33)),
+    "masked columns": Case("mask", mask=Extra("empty_columns", "k")),
+    "masked columns of one entry": Case("mask", mask=Extra("padding_left", "bhqk"), dropout_p=0.2),
+    "before every window": Case("window", seqlen_q=4, seqlen_k=40, window=(3, None)),
+    "after every window": Case("window", seqlen_q=4, seqlen_k=40, window=(None, 2), top_left=True),
+}
+
+
+def hidden_keys(problem: Problem) -> Tensor:
+    """Keys that no query of the batch entry sees, bool (batch, 1, seqlen_k, 1)."""
+    inputs, spec = problem.prepared()
+    ok = visible(inputs, spec)
+    assert ok is not None
+    batch, heads, seqlen_q, _ = problem.q.shape
+    return ~ok.expand(batch, heads, seqlen_q, -1).flatten(1, 2).any(1)[:, None, :, None]
+
+
+@pytest.mark.parametrize("trap", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("hiding", HIDDEN)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_hidden_keys_may_hold_anything(impl: str, hiding: str, trap: float, device: torch.device) -> None:
+    """0·NaN: scores masked after the product, but not the values; a gradient for what nobody saw."""
+    problem = HIDDEN[hiding].build(torch.float32, device)
+    hidden = hidden_keys(problem)
+    assert hidden.any()
+    clean = problem._replace(k=problem.k.masked_fill(hidden, 0.0), v=problem.v.masked_fill(hidden, 0.0))
+    dirty = problem._replace(k=problem.k.masked_fill(hidden, trap), v=problem.v.masked_fill(hidden, trap))
+    results = evaluate(ours(impl), dirty)
+    assert_same(results, evaluate(ours(impl), clean))
+    for grad in (results.dk, results.dv):
+        assert not grad.masked_select(hidden).any()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_empty_rows_may_hold_anything(impl: str, device: torch.device) -> None:
+    """NaN in q, dout or dlse of a row that sees nothing, multiplied by 0 instead of replaced."""
+    for case in (
+        Case("mask", mask=Extra("empty_rows", "q"), bias=Extra(axes="hqk")),
+        Case("causal", seqlen_q=40, causal=True, heads_q=4),
+        Case("lengths", key_lengths=(0, 20), softcap=1.0),
+    ):
+        problem = case.build(torch.float32, device)
+        clean = evaluate(ours(impl), problem)
+        empty = clean.lse == -torch.inf
+        assert empty.any()
+
+        def trap(x: Tensor, rows: Tensor = empty) -> Tensor:
+            return x.masked_fill(rows if x.ndim == 3 else rows[..., None], torch.nan)
+
+        dirty = problem._replace(q=trap(problem.q), dout=trap(problem.dout), dlse=trap(problem.dlse))
+        assert_same(evaluate(ours(impl), dirty), clean)
+        for x in (clean.out, clean.dq):
+            assert not x.masked_select(empty[..., None]).any()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_bias_is_not_read_where_nobody_sees(impl: str, device: torch.device) -> None:
+    """NaN in a hidden element of bias reaching out, or its gradient not being zero."""
+    case = Case("bias", mask=Extra("random", "qk"), bias=Extra(axes="hqk"), causal=True)
+    problem = case.build(torch.float32, device)
+    rows = torch.arange(case.seqlen_q, device=device)
+    hidden = ~problem.options["mask"] | (rows > rows[:, None])
+    bias = problem.options["bias"].masked_fill(hidden, torch.nan)
+    dirty = problem._replace(options={**problem.options, "bias": bias})
+    results = evaluate(ours(impl), dirty)
+    assert_same(results, evaluate(ours(impl), problem))
+    assert not results.dbias.masked_select(hidden).any()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_lengths_past_the_end_are_clamped(impl: str, device: torch.device) -> None:
+    """A length that the caller got wrong turning into reads outside k and v."""
+    case = Case("lengths", key_lengths=(10**6, 33), seqlen_q=5)
+    problem, full = (
+        with_tensors(c.build(torch.float32, device), lambda name, x: fenced(x))
+        for c in (case, replace(case, key_lengths=None))
+    )
+    assert_same(evaluate(ours(impl), problem), evaluate(ours(impl), full))
