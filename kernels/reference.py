@@ -44,7 +44,7 @@ def attention(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     alive = ~(s == -torch.inf).all(-1, keepdim=True)
     s = torch.where(alive, s, 0.0)
     lse = torch.logsumexp(s, dim=-1, keepdim=True)
-    p = torch.exp(s - lse)
+    p = torch.softmax(s, dim=-1)  # not exp(s - lse): where |s| is large, lse has no digits left
     if spec.dropout_p > 0.0:
         p = _dropout(p, inputs, spec)
     out = torch.where(alive, p @ v, 0.0)
