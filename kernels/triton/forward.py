@@ -60,12 +60,10 @@ def _attend(
         bias = None
         if mask_ptr is not None:
             mask = tiles.load_pairs(mask_ptr, mask_strides, batch, head, rows, cols, n_keys, EDGE)
-        ok = tiles.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE)
-
         k = tiles.load_rows(k_rows, k_strides, start, lo, hi, BLOCK_K, HEAD_DIM, EDGE, TMA)
         v = tiles.load_rows(v_rows, v_strides, start, lo, hi, BLOCK_K, HEAD_DIM_V, EDGE, TMA)
         if mask_ptr is not None:
-            seen = tiles.any_row(ok)
+            seen = tiles.any_row(tiles.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE))
             k = tiles.zero_unless(seen, k)
             v = tiles.zero_unless(seen, v)
 
@@ -73,6 +71,8 @@ def _attend(
         if bias_ptr is not None:
             bias = tiles.load_pairs(bias_ptr, bias_strides, batch, head, rows, cols, n_keys, EDGE)
         s = tiles.scores(dots, scale, softcap, bias)
+        # Compared here, next to its use: earlier, every comparison would occupy a register bit.
+        ok = tiles.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE)
         if ok is not None:
             s = tl.where(ok, s, float("-inf"))
         MAY_BE_EMPTY: tl.constexpr = ok is not None or bias_ptr is not None
@@ -173,10 +173,11 @@ def _forward_kernel(
         state, q, keys, pairs, dropout, where, window, full_lo, full_hi, unit, scale, softcap,
         BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, TMA, WARP_SPECIALIZE, PRECISION,
     )  # fmt: skip
-    state = _attend(
-        state, q, keys, pairs, dropout, where, window, full_hi, hi, unit, scale, softcap,
-        BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, TMA, False, PRECISION,
-    )  # fmt: skip
+    if not WARP_SPECIALIZE:
+        state = _attend(
+            state, q, keys, pairs, dropout, where, window, full_hi, hi, unit, scale, softcap,
+            BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, TMA, False, PRECISION,
+        )  # fmt: skip
 
     acc, row_max, row_sum = state
     lse = tiles.natural_lse(row_max, row_sum, scale, softcap, bias_ptr)
@@ -237,7 +238,12 @@ def forward_launch(
         "BLOCK_Q": config.block_q,
         "BLOCK_K": config.block_k,
         "TMA": tma,
-        "WARP_SPECIALIZE": tma and config.warp_specialize,
+        # The compiler splits one loop only: no edge tiles.
+        "WARP_SPECIALIZE": tma
+        and config.warp_specialize
+        and left is None
+        and right is None
+        and seqlen_k % config.block_k == 0,
         "PRECISION": "tf32" if spec.tf32 else "ieee",
     }
     programs = batch * heads_q * -(-seqlen_q // config.block_q)

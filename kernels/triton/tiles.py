@@ -149,7 +149,7 @@ def visible_keys(
     """Keys of a query tile: (lo, full_lo, full_hi, hi).
 
     [lo, hi) is what at least one row sees; the tiles of [full_lo, full_hi) are seen whole by every
-    row. Visit lo // BLOCK_K * BLOCK_K ... full_lo ... full_hi ... hi.
+    row, and both are multiples of BLOCK_K. Visit lo // BLOCK_K * BLOCK_K ... full_lo ... full_hi ... hi.
     """
     last_row = tl.minimum(first_row + BLOCK_Q, seqlen_q) - 1
     lo = 0
@@ -162,7 +162,7 @@ def visible_keys(
     if right is not None:
         hi = tl.maximum(tl.minimum(last_row + shift + right + 1, n_keys), 0)
         every_hi = tl.maximum(tl.minimum(first_row + shift + right + 1, n_keys), 0)
-    full_lo = tl.minimum((every_lo + BLOCK_K - 1) // BLOCK_K * BLOCK_K, hi)
+    full_lo = tl.minimum(tl.cdiv(every_lo, BLOCK_K), tl.cdiv(hi, BLOCK_K)) * BLOCK_K
     full_hi = tl.maximum(every_hi // BLOCK_K * BLOCK_K, full_lo)
     return lo, full_lo, full_hi, hi
 
@@ -194,7 +194,7 @@ def visible_queries(
     if left is not None:
         hi = tl.maximum(tl.minimum(last_col - shift + left + 1, hi), 0)
         every_hi = tl.maximum(tl.minimum(first_col - shift + left + 1, every_hi), 0)
-    full_lo = tl.minimum((every_lo + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q, hi)
+    full_lo = tl.minimum(tl.cdiv(every_lo, BLOCK_Q), tl.cdiv(hi, BLOCK_Q)) * BLOCK_Q
     full_hi = tl.maximum(every_hi // BLOCK_Q * BLOCK_Q, full_lo)
     return lo, full_lo, full_hi, hi
 
