@@ -19,6 +19,8 @@ from .masks import block_of, visible
 from .philox import keep_mask
 from .spec import AttentionSpec, Gradients, Inputs, like
 
+Engine = type[FlashEngine] | type[MatmulEngine]
+
 
 def attention_forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """(out, lse) of validated inputs, as `reference.attention` defines them.
@@ -26,16 +28,17 @@ def attention_forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tens
     16-bit inputs are computed in float32 and rounded once.
     """
     q, v = inputs.q, inputs.v
-    problems = list(_problems(inputs, spec, FlashEngine if FlashEngine.takes(inputs, spec) else MatmulEngine))
-    if len(problems) == 1 and problems[0].covers_all_rows():
-        out, lse = _forward_strip(problems[0], problems[0].strips[0])
+    engine: Engine = FlashEngine if FlashEngine.takes(inputs, spec) else MatmulEngine
+    block = _whole_block(inputs, spec, engine)
+    if block is not None:
+        out, lse = engine.forward(block, spec)
         return _in_layout_of(q, out), lse.contiguous()
     out = like(q, v.shape[3]).zero_()
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=_wide(q))
-    for problem in problems:
+    for problem in _problems(inputs, spec, engine, poison=(inputs.k, v)):
         for strip in problem.strips:
             here = (problem.entries, slice(None), strip.rows)
-            out[here], lse[here] = _forward_strip(problem, strip)
+            out[here], lse[here] = _forward_strip(problem, engine, strip)
     return out, lse
 
 
@@ -54,12 +57,22 @@ def attention_backward(
     summed in float32 or wider and rounded once.
     """
     q, k, v, bias = inputs[:4]
-    engine = FlashEngine if FlashEngine.takes(inputs, spec) and not needs[3] else MatmulEngine
+    engine: Engine = FlashEngine if FlashEngine.takes(inputs, spec) and not needs[3] else MatmulEngine
+    block = _whole_block(inputs, spec, engine)
+    if block is not None:
+        _, rows = _silence_empty_rows(q, RowGradients(dout, dlse, out, lse))
+        share = engine.backward(block, rows, spec, False)
+        return Gradients(
+            _in_layout_of(q, share.dq) if needs[0] else None,
+            _in_layout_of(k, share.dk) if needs[1] else None,
+            _in_layout_of(v, share.dv) if needs[2] else None,
+            None,
+        )
     dq, dk, dv, dbias = (
         None if x is None or not need else torch.zeros(x.shape, dtype=_wide(q), device=q.device)
         for x, need in zip((q, k, v, bias), needs, strict=True)
     )
-    for problem in _problems(inputs, spec, engine):
+    for problem in _problems(inputs, spec, engine, poison=(q, k, v, dout)):
         for strip in problem.strips:
             here = (problem.entries, slice(None), strip.rows)
             rows = RowGradients(dout[here], None if dlse is None else dlse[here], out[here], lse[here])
@@ -92,7 +105,7 @@ def attention_backward(
 class _Problem(NamedTuple):
     """Batch entries with the same number of keys, and the blocks to compute for them.
 
-    seen: (batch, 1, seqlen_k, 1), which keys any row sees; None where all in the plan are seen.
+    seen: (batch, 1, seqlen_k, 1), the keys that some row sees; None if the others need no care.
     """
 
     entries: slice
@@ -101,19 +114,32 @@ class _Problem(NamedTuple):
     strips: tuple[Strip, ...]
     seen: Tensor | None
 
-    def covers_all_rows(self) -> bool:
-        q = self.inputs.q
-        return len(self.strips) == 1 and self.strips[0].rows == slice(0, q.shape[2])
+
+def _whole_block(inputs: Inputs, spec: AttentionSpec, engine: Engine) -> Block | None:
+    """The whole problem as a block, if the operator takes it as it is; small calls are in a hurry."""
+    if engine is not FlashEngine or not FlashEngine.takes_whole(inputs, spec):
+        return None
+    q, k, v = inputs[:3]
+    if q.element_size() == 2:
+        q, k, v = q.float(), k.float(), v.float()
+    return Block(q, k, v, causal=spec.right is not None)
 
 
 def _problems(
-    inputs: Inputs, spec: AttentionSpec, engine: type[FlashEngine | MatmulEngine]
+    inputs: Inputs, spec: AttentionSpec, engine: Engine, poison: tuple[Tensor, ...]
 ) -> Iterator[_Problem]:
+    """Cut the batch; poison: tensors whose NaN or Inf hidden keys could carry on."""
     seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
     for entries, own, stop in _by_length(inputs):
         masked = own.mask is not None or own.key_lengths is not None
         strips = plan(spec, seqlen_q, seqlen_k, stop, masked, engine.limits(own, spec))
-        yield _Problem(entries, own, spec, strips, _seen(own, spec, strips) if masked else None)
+        seen = _seen(own, spec, strips) if masked and not _harmless(poison) else None
+        yield _Problem(entries, own, spec, strips, seen)
+
+
+def _harmless(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether all are finite, as far as that can be known without synchronising."""
+    return tensors[0].device.type == "cpu" and all(bool(x.sum(dtype=_wide(x)).isfinite()) for x in tensors)
 
 
 def _by_length(inputs: Inputs) -> Iterator[tuple[slice, Inputs, int]]:
@@ -130,18 +156,23 @@ def _by_length(inputs: Inputs) -> Iterator[tuple[slice, Inputs, int]]:
     for length, run in itertools.groupby(inputs.key_lengths.clamp(0, seqlen_k).tolist()):
         entries = slice(start, start + len(list(run)))
         start = entries.stop
-        own = (None if x is None else _entries_of(x, entries) for x in inputs[:5])
-        yield entries, Inputs(*own, None, inputs.seed), length
+        own = inputs._replace(
+            q=inputs.q[entries],
+            k=inputs.k[entries],
+            v=inputs.v[entries],
+            bias=None if inputs.bias is None else _entries_of(inputs.bias, entries),
+            mask=None if inputs.mask is None else _entries_of(inputs.mask, entries),
+            key_lengths=None,
+        )
+        yield entries, own, length
 
 
-def _forward_strip(problem: _Problem, strip: Strip) -> tuple[Tensor, Tensor]:
+def _forward_strip(problem: _Problem, engine: Engine, strip: Strip) -> tuple[Tensor, Tensor]:
     """(out, lse) of the rows of a strip, in wide dtype."""
-    inputs, spec = problem.inputs, problem.spec
-    engine = FlashEngine if FlashEngine.takes(inputs, spec) else MatmulEngine
-    q = inputs.q[:, :, strip.rows]
-    out, lse = engine.forward(_block(problem, strip.rows, strip.parts[0], q), spec)
+    q = problem.inputs.q[:, :, strip.rows]
+    out, lse = engine.forward(_block(problem, strip.rows, strip.parts[0], q), problem.spec)
     for part in strip.parts[1:]:
-        out, lse = _merge(out, lse, *engine.forward(_block(problem, strip.rows, part, q), spec))
+        out, lse = _merge(out, lse, *engine.forward(_block(problem, strip.rows, part, q), problem.spec))
     return out, lse
 
 
@@ -195,7 +226,8 @@ def _seen(inputs: Inputs, spec: AttentionSpec, strips: tuple[Strip, ...]) -> Ten
 def _silence_empty_rows(q: Tensor, rows: RowGradients) -> tuple[Tensor, RowGradients]:
     """Make rows that see nothing harmless: zeros whatever they hold, and lse +inf, so that p = 0."""
     wide = _wide(q)
-    dout, dlse, out, lse = (None if x is None else x.to(wide) for x in rows)
+    dout, out, lse = (x.to(wide) for x in (rows.dout, rows.out, rows.lse))
+    dlse = None if rows.dlse is None else rows.dlse.to(wide)
     empty = lse == -torch.inf
     if q.device.type != "cpu" or bool(empty.any()):
         q, dout, out = (x.masked_fill(empty[..., None], 0.0) for x in (q, dout, out))
@@ -212,9 +244,8 @@ def _entries_of(x: Tensor, entries: slice) -> Tensor:
 def _in_layout_of(x: Tensor, result: Tensor) -> Tensor:
     """result with the dtype and the physical order that `like` gives it; a copy only if it differs."""
     target = like(x, result.shape[3])
-    if result.dtype == target.dtype and result.stride() == target.stride():
-        return result
-    return target.copy_(result)
+    same = result.dtype == target.dtype and result.stride() == target.stride()
+    return result if same else target.copy_(result)
 
 
 def _wide(x: Tensor) -> torch.dtype:

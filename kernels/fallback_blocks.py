@@ -62,6 +62,20 @@ class FlashEngine:
     while it sums them, and an exponential with an error of 5e-5."""
 
     @staticmethod
+    def takes_whole(inputs: Inputs, spec: AttentionSpec) -> bool:
+        """Whether the problem is one block for one call, without a mask. Asked at every small call."""
+        q, k, _, bias, mask, key_lengths, _ = inputs
+        return (
+            bias is None
+            and mask is None
+            and key_lengths is None
+            and spec.left is None
+            and (spec.right is None or (spec.right == 0 and q.shape[2] == k.shape[2]))
+            and (q.element_size() > 2 or q.shape[2] > _FEW_ROWS or k.shape[2] <= _FEW_COLS)
+            and not _stacks(q, k)
+        )
+
+    @staticmethod
     def takes(inputs: Inputs, spec: AttentionSpec) -> bool:
         """Whether the operator can compute the problem. It masks before it scales, so scale > 0."""
         return (
@@ -77,9 +91,11 @@ class FlashEngine:
         few = q.shape[2] <= _FEW_ROWS
         rows = _MASK_ELEMENTS // (_planes(inputs.mask, inputs.bias) * k.shape[2])
         rows = max(32, rows if spec.left is None else min(rows, 128))
-        # a conversion to float32 in slices stays in the cache, which is what counts with few rows
-        cols = _CONVERTED_COLS if few and q.element_size() == 2 else k.shape[2]
-        return Limits(rows, cols, whole=not few or q.shape[1] == k.shape[1])
+        cols = k.shape[2]
+        if few and q.element_size() == 2:
+            # few rows wait for the conversion of keys to float32: do it in slices that stay in the cache
+            cols = max(64, _CONVERTED_ELEMENTS // (k.shape[0] * k.shape[1] * k.shape[3]))
+        return Limits(rows, cols, whole=inputs.bias is None and not _stacks(q, k))
 
     @staticmethod
     def forward(block: Block, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -89,28 +105,21 @@ class FlashEngine:
         """
         q, k, v = block.q, block.k, block.v
         added = added_rows = _added(block)
-        stack = q.shape[1] != k.shape[1] and q.shape[2] <= _FEW_ROWS and not block.causal
+        stack = _stacks(q, k) and not block.causal
         if stack:
             added_rows = None if added is None else _stack_added(added, q, k)
             q = _group(q, k)
         width = max(q.shape[3], v.shape[3])
-        out, lse = _flash(
-            *(_operand(x, width) for x in (q, k, v)),
-            0.0,
-            block.causal,
-            attn_mask=added_rows,
-            scale=spec.scale,
-        )
+        q, k, v = _operand(q, width), _operand(k, width), _operand(v, width)
+        out, lse = _flash(q, k, v, 0.0, block.causal, attn_mask=added_rows, scale=spec.scale)
         if stack:
             out, lse = _ungroup(out, block.q), lse.reshape(block.q.shape[:3])
-        if v.shape[3] != width:
-            out = out[..., : v.shape[3]]
+        if block.v.shape[3] != width:
+            out = out[..., : block.v.shape[3]]
         return (out, lse) if added is None else _mark_empty(out, lse, added)
 
     @staticmethod
-    def backward(
-        block: Block, rows: RowGradients, spec: AttentionSpec, dscores: bool
-    ) -> BlockGradients:
+    def backward(block: Block, rows: RowGradients, spec: AttentionSpec, dscores: bool) -> BlockGradients:
         """Exact shares of the gradients: the operator only needs the rows' out and lse.
 
         It computes rowsum(dout·out) itself. One more column, 1 in dout and -dlse in out, subtracts dlse
@@ -156,9 +165,7 @@ class MatmulEngine:
         return out, (peak + total.log()).squeeze(-1)
 
     @staticmethod
-    def backward(
-        block: Block, rows: RowGradients, spec: AttentionSpec, dscores: bool
-    ) -> BlockGradients:
+    def backward(block: Block, rows: RowGradients, spec: AttentionSpec, dscores: bool) -> BlockGradients:
         """FlashAttention-2 (Dao 2023), section 3.2, on one block; delta includes the gradient of lse."""
         k, v, dout = block.k, block.v, rows.dout
         delta = (dout * rows.out).sum(-1, keepdim=True)
@@ -180,7 +187,13 @@ class MatmulEngine:
 _MASK_ELEMENTS = 2**22
 _BLOCK_ELEMENTS = 2**21
 _FEW_ROWS = 16
-_CONVERTED_COLS = 512
+_FEW_COLS = 1024
+_CONVERTED_ELEMENTS = 2**18
+
+
+def _stacks(q: Tensor, k: Tensor) -> bool:
+    """Whether the heads of a group are worth stacking into rows."""
+    return q.shape[1] != k.shape[1] and q.shape[2] <= _FEW_ROWS
 
 
 def _planes(*tensors: Tensor | None) -> int:
@@ -190,9 +203,11 @@ def _planes(*tensors: Tensor | None) -> int:
 
 def _operand(x: Tensor, width: int) -> Tensor:
     """x as the operator reads it: head_dim `width`, zero-padded, and rows that BLAS can step over."""
-    if x.shape[3] != width:
-        return F.pad(x, (0, width - x.shape[3]))
-    return x if x.stride(3) == 1 and x.stride(2) >= width else x.contiguous()
+    head_dim = x.shape[3]
+    if head_dim != width:
+        return F.pad(x, (0, width - head_dim))
+    _, _, row_stride, stride = x.stride()
+    return x if stride == 1 and row_stride >= width else x.contiguous()
 
 
 def _added(block: Block) -> Tensor | None:
