@@ -19,6 +19,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
 from ..kernels.functional import attention
+from ..kernels.spec import AttentionOptions
 
 
 def register(name: str = "undivided", function: Callable[..., tuple[Tensor, None]] | None = None) -> None:
@@ -44,6 +45,26 @@ def attention_function(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """One layer's attention, by the contract of transformers' AttentionInterface.
+
+    query: (batch, heads, seqlen_q, head_dim), key and value: (batch, heads_kv, seqlen_k, ...), most
+    often transposed views. Returns ((batch, seqlen_q, heads, head_dim_v), None). For the rest see
+    `translate`.
+    """
+    q, k, v, ours = translate(module, query, key, value, attention_mask, **options)
+    out = attention(q, k, v, **ours)
+    assert isinstance(out, Tensor)  # as no statistics were asked for
+    return out.transpose(1, 2), None
+
+
+def translate(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -53,11 +74,8 @@ def attention_function(
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
     **others: Any,
-) -> tuple[Tensor, None]:
-    """One layer's attention, by the contract of transformers' AttentionInterface.
-
-    query: (batch, heads, seqlen_q, head_dim), key and value: (batch, heads_kv, seqlen_k, ...), most
-    often transposed views. Returns ((batch, seqlen_q, heads, head_dim_v), None).
+) -> tuple[Tensor, Tensor, Tensor, AttentionOptions]:
+    """q, k, v and the options of `undivided.attention`, from the arguments of a transformers layer.
 
     attention_mask: None; what `make_mask` makes; (batch, seqlen_k), validity of keys; or, taken
     literally, four axes, bool or float (added to the scores). The module is causal if `is_causal` says
@@ -73,40 +91,36 @@ def attention_function(
     if others.get("output_attentions"):
         warnings.warn(
             "undivided never forms attention weights: output_attentions=True gives none, use 'eager'",
-            stacklevel=2,
+            stacklevel=3,
         )
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     mask, bias = None, position_bias
     if attention_mask is None:
         pass
     elif attention_mask.ndim == 2:
         mask = attention_mask.bool()[:, None, None]
-    elif attention_mask.ndim == 4:
+    elif attention_mask.ndim == 3:
+        seqlen_k, sliding_window, mask = _read(attention_mask, key.shape[2])
+        key, value = key[:, :, :seqlen_k], value[:, :, :seqlen_k]
+    else:
         causal, sliding_window = False, None
         if attention_mask.dtype == torch.bool:
             mask = attention_mask
         else:
             bias = attention_mask if bias is None else bias + attention_mask
-    else:
-        seqlen_k, sliding_window, mask = _read(attention_mask, key.shape[2])
-        key, value = key[:, :, :seqlen_k], value[:, :, :seqlen_k]
     if bias is not None and bias.shape[-1] > key.shape[2]:
         bias = bias[..., : key.shape[2]]
     reach = None if sliding_window is None else sliding_window - 1
-    out = attention(
-        query,
-        key,
-        value,
-        causal=bool(causal),
-        window=None if reach is None else (reach, 0 if causal else reach),
-        mask=mask,
-        bias=bias,
-        softcap=softcap,
-        scale=scaling,
-        dropout_p=dropout,
-    )
-    assert isinstance(out, Tensor)  # as no statistics were asked for
-    return out.transpose(1, 2), None
+    options: AttentionOptions = {
+        "causal": causal,
+        "window": None if reach is None else (reach, 0 if causal else reach),
+        "mask": mask,
+        "bias": bias,
+        "softcap": softcap,
+        "scale": scaling,
+        "dropout_p": dropout,
+    }
+    return query, key, value, options
 
 
 def make_mask(
@@ -141,7 +155,7 @@ def make_mask(
     attention function.
 
     Anything but a plain pattern (packed sequences, blocks, chunks, functions of the caller) is left to
-    transformers' own dense mask, and so is a single query row, whose dense mask is as small.
+    transformers' own dense mask; so is decoding on a static cache, where a dense mask is one row.
     """
     if attention_mask is not None and attention_mask.ndim == 3:
         return attention_mask  # `generate` makes the mask and the model is asked to make it again

