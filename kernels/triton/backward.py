@@ -22,6 +22,7 @@ from .launch import Launch, broadcast_strides, dropout_seed, dropped_bits, kept_
 from .query_gradient import dq_kernel
 
 ROW_STATISTICS = TileConfig(32, 32, num_warps=4, num_stages=1)
+PADDING: int = tiles.STATISTICS_PADDING.value
 
 
 @triton.jit(do_not_specialize=["heads", "seqlen_q"])
@@ -45,7 +46,7 @@ def _row_statistics_kernel(
 
     An empty row gets delta 0 and offset +inf, whatever out, dout and dlse hold there.
     """
-    n_tiles = tl.cdiv(seqlen_q, BLOCK_Q)
+    n_tiles = tl.cdiv(seqlen_q, tiles.STATISTICS_PADDING) * (tiles.STATISTICS_PADDING // BLOCK_Q)
     first_row = tl.program_id(0) % n_tiles * BLOCK_Q
     plane = tl.program_id(0) // n_tiles
     batch, head = plane // heads, plane % heads
@@ -62,8 +63,9 @@ def _row_statistics_kernel(
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + rows, mask=inside, other=0.0)
     delta = tl.where(lse == float("-inf"), 0.0, delta)
-    tl.store(delta_ptr + rows, delta, mask=inside)
-    tl.store(offset_ptr + rows, tiles.lse_offset(lse, softcap, bias_ptr), mask=inside)
+    statistics = tiles.statistics_of(plane, seqlen_q) + index
+    tl.store(delta_ptr + statistics, delta)
+    tl.store(offset_ptr + statistics, tiles.lse_offset(lse, softcap, bias_ptr))
 
 
 def attention_backward(
@@ -114,7 +116,8 @@ def backward_launches(
     if dout.stride(3) != 1:  # expanded by sum(), say: a copy costs less than reading it element by element
         dout = dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    offset, delta = lse.new_empty(2, *lse.shape).unbind()
+    padded = -(-seqlen_q // PADDING) * PADDING
+    offset, delta = lse.new_empty(2, batch * heads_q * padded).unbind()
     left, right = (None if x is None else min(x, seqlen_q + seqlen_k) for x in (spec.left, spec.right))
     operands = (q, q.stride(), k, k.stride(), v, v.stride(), dout, dout.stride(), offset, delta)
     options = (
@@ -180,6 +183,6 @@ def _row_statistics_launch(
     arguments = (
         out, out.stride(), dout, dout.stride(), lse, dlse, bias, offset, delta, spec.softcap, heads, seqlen_q,
     )  # fmt: skip
-    programs = out.shape[0] * heads * -(-seqlen_q // tile.block_q)
+    programs = delta.numel() // tile.block_q
     constants = {"HEAD_DIM_V": head_dim_v, "BLOCK_Q": tile.block_q}
     return Launch(_row_statistics_kernel, programs, arguments, constants, tile)

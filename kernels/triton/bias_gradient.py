@@ -97,7 +97,7 @@ def dbias_kernel(
                 dout_ptr, dout_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM_V, False
             )
             plane_q = batch * heads_q + head
-            statistics = plane_q.to(tl.int64) * seqlen_q
+            statistics = tiles.statistics_of(plane_q, seqlen_q)
             for row in tl.range(first_row, stop_row, BLOCK_Q):
                 row = tl.multiple_of(row, BLOCK_Q)
                 rows = tiles.row_numbers(row, seqlen_q, BLOCK_Q)[:, None]

@@ -45,20 +45,22 @@ def _gather_from_queries(
     cols = first_col + tl.arange(0, BLOCK_K)[:, None]
     # Only such tiles can meet rows that are empty or past the end; their q and dout may be NaN.
     MAY_BE_EMPTY: tl.constexpr = EDGE or bias_ptr is not None or mask_ptr is not None
-    for first_row in tl.range(start, stop, BLOCK_Q):
+    for tile in tl.range(start // BLOCK_Q, stop // BLOCK_Q):
         if EDGE:
-            first_row = tl.where(first_row < full_lo, first_row, first_row + (full_hi - full_lo))
-        first_row = tl.multiple_of(first_row, BLOCK_Q)
+            tile = tl.where(tile < full_lo // BLOCK_Q, tile, tile + (full_hi - full_lo) // BLOCK_Q)
+        first_row = tl.multiple_of(tile * BLOCK_Q, BLOCK_Q)
+        index = first_row + tl.arange(0, BLOCK_Q)[None, :]
         rows = tiles.row_numbers(first_row, seqlen_q, BLOCK_Q)[None, :]
         offset, delta, hidden_to = tiles.row_statistics(
             offset_ptr, delta_ptr, first_row, seqlen_q, BLOCK_Q, MAY_BE_EMPTY
         )
         q = tiles.load_rows(
-            q_rows, q_strides, first_row, hidden_to, seqlen_q, BLOCK_Q, HEAD_DIM, MAY_BE_EMPTY, False
+            q_rows, q_strides, first_row, hidden_to, seqlen_q, BLOCK_Q, HEAD_DIM, MAY_BE_EMPTY, False, False
         )
         dout = tiles.load_rows(
-            dout_rows, dout_strides, first_row, hidden_to, seqlen_q, BLOCK_Q, HEAD_DIM_V, MAY_BE_EMPTY, False
-        )
+            dout_rows, dout_strides, first_row, hidden_to, seqlen_q, BLOCK_Q, HEAD_DIM_V, MAY_BE_EMPTY,
+            False, False,
+        )  # fmt: skip
         mask = None
         bias = None
         keep = None
@@ -68,10 +70,10 @@ def _gather_from_queries(
             bias = tiles.load_pairs(bias_ptr, bias_strides, batch, head, rows, cols, n_keys, EDGE)
         if seed is not None:
             keep = tiles.keep_mask(seed, last_dropped, plane, rows.T, first_col, BLOCK_K).T
-        ok = tiles.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE)
 
         dots = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_K, BLOCK_Q]
         s = tiles.scores(dots, scale, softcap, bias)
+        ok = tiles.element_mask_of_keys(index, cols, n_keys, shift, left, right, mask, EDGE)
         p = tiles.zero_hidden(tiles.probabilities(s, unit, offset[None, :], softcap, bias), ok)
         if dv is not None:
             p_kept = tiles.dropped(p, keep, kept_scale)
@@ -81,7 +83,8 @@ def _gather_from_queries(
             ds = p * (dp - delta[None, :])
             if softcap is not None:
                 ds *= tiles.softcap_slope(dots, scale, softcap)
-            ds = tiles.zero_hidden(ds, ok)
+            if ok is not None:  # p is 0 where hidden; asking it instead of ok frees a register per element
+                ds = tl.where(p > 0.0, ds, 0.0)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -149,11 +152,11 @@ def dkdv_kernel(
         dv = tl.zeros([BLOCK_K, max(16, triton.next_power_of_2(HEAD_DIM_V))], tl.float32)
     pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides)
     window = (seqlen_q, n_keys, shift, left, right, full_lo, full_hi)
-    lo = lo // BLOCK_Q * BLOCK_Q
+    edges_stop = hi - (full_hi - full_lo) + BLOCK_Q - 1
     for member in tl.range(0, group):
         head = head_kv * group + member
         plane = batch * heads_kv * group + head
-        first_statistic = plane.to(tl.int64) * seqlen_q
+        first_statistic = tiles.statistics_of(plane, seqlen_q)
         queries = (
             tiles.rows_of_head(q_ptr, q_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM, False),
             q_strides,
@@ -167,12 +170,12 @@ def dkdv_kernel(
             dropout = (tl.load(seed_ptr), last_dropped, kept_scale, plane)
         where = (batch, head, first_col)
         dk, dv = _gather_from_queries(
-            dk, dv, k, v, queries, pairs, dropout, where, window, lo, hi - (full_hi - full_lo), unit, scale,
-            softcap, BLOCK_Q, BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, PRECISION,
+            dk, dv, k, v, queries, pairs, dropout, where, window, lo, edges_stop, unit, scale, softcap,
+            BLOCK_Q, BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, PRECISION,
         )  # fmt: skip
         dk, dv = _gather_from_queries(
-            dk, dv, k, v, queries, pairs, dropout, where, window, full_lo, full_hi, unit, scale,
-            softcap, BLOCK_Q, BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, PRECISION,
+            dk, dv, k, v, queries, pairs, dropout, where, window, full_lo, full_hi, unit, scale, softcap,
+            BLOCK_Q, BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, PRECISION,
         )  # fmt: skip
     if dk_ptr is not None:
         dk_rows = tiles.rows_of_head(dk_ptr, dk_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM, False)

@@ -37,10 +37,10 @@ def _gather_from_keys(
     seed, last_dropped, kept_scale, plane = dropout
     batch, head, rows = where
     n_keys, shift, left, right, lo, full_lo, full_hi, hi = window
-    for first_col in tl.range(start, stop, BLOCK_K):
+    for tile in tl.range(start // BLOCK_K, stop // BLOCK_K):
         if EDGE:
-            first_col = tl.where(first_col < full_lo, first_col, first_col + (full_hi - full_lo))
-        first_col = tl.multiple_of(first_col, BLOCK_K)
+            tile = tl.where(tile < full_lo // BLOCK_K, tile, tile + (full_hi - full_lo) // BLOCK_K)
+        first_col = tl.multiple_of(tile * BLOCK_K, BLOCK_K)
         cols = first_col + tl.arange(0, BLOCK_K)[None, :]
         k = tiles.load_rows(k_rows, k_strides, first_col, lo, hi, BLOCK_K, HEAD_DIM, EDGE, False)
         v = tiles.load_rows(v_rows, v_strides, first_col, lo, hi, BLOCK_K, HEAD_DIM_V, EDGE, False)
@@ -124,7 +124,7 @@ def dq_kernel(
     dout_rows = tiles.rows_of_head(dout_ptr, dout_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM_V, False)
     q = tiles.load_rows(q_rows, q_strides, first_row, 0, seqlen_q, BLOCK_Q, HEAD_DIM, True, False)
     dout = tiles.load_rows(dout_rows, dout_strides, first_row, 0, seqlen_q, BLOCK_Q, HEAD_DIM_V, True, False)
-    statistics = plane.to(tl.int64) * seqlen_q
+    statistics = tiles.statistics_of(plane, seqlen_q)
     offset, delta, _ = tiles.row_statistics(
         offset_ptr + statistics, delta_ptr + statistics, first_row, seqlen_q, BLOCK_Q, True
     )
@@ -138,14 +138,14 @@ def dq_kernel(
         dropout = (tl.load(seed_ptr), last_dropped, kept_scale, plane)
     where = (batch, head, tiles.row_numbers(first_row, seqlen_q, BLOCK_Q)[:, None])
     window = (n_keys, shift, left, right, lo, full_lo, full_hi, hi)
+    edges_stop = hi - (full_hi - full_lo) + BLOCK_K - 1
     dq = tl.zeros([BLOCK_Q, max(16, triton.next_power_of_2(HEAD_DIM))], tl.float32)
     dq = _gather_from_keys(
         dq, q, dout, offset, delta, keys, pairs, dropout, where, window, full_lo, full_hi, unit, scale,
         softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, PRECISION,
     )  # fmt: skip
-    start = lo // BLOCK_K * BLOCK_K
     dq = _gather_from_keys(
-        dq, q, dout, offset, delta, keys, pairs, dropout, where, window, start, hi - (full_hi - full_lo), unit,
+        dq, q, dout, offset, delta, keys, pairs, dropout, where, window, lo, edges_stop, unit,
         scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, PRECISION,
     )  # fmt: skip
     # An empty row may hold NaN in q and dout, and its neighbours' keys have met it.

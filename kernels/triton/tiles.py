@@ -14,6 +14,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Above these, fp32 can no longer hold a base-2 score or lse to less than one unit (see the uses).
 HUGE_SCORE = tl.constexpr(2.0**27)
 HUGE_LSE = tl.constexpr(2.0**24)
+# Multiple of every BLOCK_Q.
+STATISTICS_PADDING = tl.constexpr(128)
 
 
 @triton.jit
@@ -57,11 +59,13 @@ def load_rows(
     HEAD_DIM: tl.constexpr,
     EDGE: tl.constexpr,
     TMA: tl.constexpr,
+    HOIST: tl.constexpr = True,
 ):
     """Rows [first, first + BLOCK) as a tile [BLOCK, head_dim padded to a power of two >= 16].
 
     Zero in the padding and, in an EDGE tile, in rows outside [lo, hi): what is not loaded cannot
-    bring in a NaN. A descriptor leaves out only rows past the last one.
+    bring in a NaN. A descriptor leaves out only rows past the last one. Without HOIST addresses are
+    computed anew for each tile, a few instructions that free registers.
     """
     if TMA:
         return source.load([first, 0])
@@ -69,10 +73,12 @@ def load_rows(
         PADDED: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
         index = tl.arange(0, BLOCK)
         dims = tl.arange(0, PADDED)
-        # Scalar base plus loop-invariant offsets: only the base moves from tile to tile.
-        ptr = source + first.to(tl.int64) * strides[2]
-        ptr = ptr + (index.to(tl.int64)[:, None] * strides[2] + dims.to(tl.int64)[None, :] * strides[3])
         rows = first + index[:, None]
+        if HOIST:  # scalar base plus loop-invariant offsets: only the base moves from tile to tile
+            ptr = source + first.to(tl.int64) * strides[2]
+            ptr = ptr + (index.to(tl.int64)[:, None] * strides[2] + dims.to(tl.int64)[None, :] * strides[3])
+        else:
+            ptr = source + rows.to(tl.int64) * strides[2] + dims.to(tl.int64)[None, :] * strides[3]
         if EDGE and PADDED != HEAD_DIM:
             return tl.load(ptr, mask=(rows >= lo) & (rows < hi) & (dims[None, :] < HEAD_DIM), other=0.0)
         elif EDGE:
@@ -371,6 +377,33 @@ def softcap_slope(dots, scale, softcap):
 
 
 @triton.jit
+def element_mask_of_keys(rows, cols, n_keys, shift, left, right, mask, EDGE: tl.constexpr):
+    """`element_mask` for transposed scores: bounds per key, of which a thread holds few, not per row.
+
+    rows may run past the end.
+    """
+    if EDGE:
+        first = tl.zeros_like(cols)
+        if right is not None:
+            first = cols - (shift + right)
+        ok = rows >= tl.where(cols < n_keys, first, 2147483647)
+        if left is not None:
+            ok = ok & (rows <= cols - (shift - left))
+        if mask is not None:
+            ok = ok & mask
+        return ok
+    elif mask is not None:
+        return mask
+
+
+@triton.jit
+def statistics_of(plane, seqlen_q):
+    """Where the statistics of one query head start: heads are padded to whole tiles of any size, so
+    that the compiler sees the alignment and loads need no mask."""
+    return plane.to(tl.int64) * (tl.cdiv(seqlen_q, STATISTICS_PADDING) * STATISTICS_PADDING)
+
+
+@triton.jit
 def row_statistics(
     offset_ptr, delta_ptr, first_row, seqlen_q, BLOCK_Q: tl.constexpr, MAY_BE_EMPTY: tl.constexpr
 ):
@@ -378,10 +411,10 @@ def row_statistics(
 
     Rows that are empty or past the end have offset +inf, and a lo that keeps them from being loaded.
     """
-    index = first_row + tl.arange(0, BLOCK_Q)
+    index = tl.arange(0, BLOCK_Q)
+    offset = tl.load(offset_ptr + first_row + index)
+    delta = tl.load(delta_ptr + first_row + index)
     if MAY_BE_EMPTY:
-        offset = tl.load(offset_ptr + index, mask=index < seqlen_q, other=float("inf"))
-        delta = tl.load(delta_ptr + index, mask=index < seqlen_q, other=0.0)
         return offset, delta, tl.where(offset == float("inf"), seqlen_q, 0)[:, None]
     else:
-        return tl.load(offset_ptr + index), tl.load(delta_ptr + index), 0
+        return offset, delta, 0
