@@ -62,8 +62,10 @@ class AbsentGPU:
         pass
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        """Triton keeps the result with the kernel, beyond the life of this driver."""
+
         def launch(x: int, y: int, z: int, stream: int, handle: object, *args: object) -> None:
-            self.launches.append(Launch(source.fn, handle, self.target.triton, (x, y, z)))
+            driver.active.launches.append(Launch(source.fn, handle, self.target.triton, (x, y, z)))
 
         return launch
 

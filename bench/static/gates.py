@@ -13,7 +13,7 @@ from .targets import TARGETS
 
 # (architecture, kernel, head_dim) -> instructions other than matrix ones per score and thread, main loop.
 SLOTS = {
-    ("sm_90", "forward", 64): 7.6,
+    ("sm_90", "forward", 64): 10.5,
     ("sm_90", "forward", 128): 8.7,
     ("sm_90", "forward", 256): 15.5,
     ("sm_90", "dkdv", 64): 10.5,
@@ -38,7 +38,8 @@ def failures(row: Row) -> Iterator[str]:
         return
     if figures.matrix != (target.matrix_instruction,):
         yield f"matrix instructions {figures.matrix}, must be {target.matrix_instruction} alone"
-    if row.architecture in ("sm_80", "sm_90") and variant.head_dim in (64, 128):
+    tuned = variant.options != "all"  # everything at once has to compile and fit
+    if tuned and row.architecture in ("sm_80", "sm_90") and variant.head_dim in (64, 128):
         if figures.spills_in_loops:
             yield f"{figures.spills_in_loops} spills inside a loop"
         if figures.spills > SPILLS_OUTSIDE_LOOPS:

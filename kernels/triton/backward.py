@@ -16,7 +16,7 @@ from torch import Tensor
 from ..spec import AttentionSpec, Gradients, Inputs, like
 from . import tiles
 from .bias_gradient import dbias_kernel
-from .config import Kernel, TileConfig, architecture, tile_config
+from .config import Kernel, TileConfig, architecture, does_more_than_softmax, tile_config
 from .key_gradients import dkdv_kernel
 from .launch import Launch, broadcast_strides, dropout_seed, dropped_bits, kept_scale
 from .query_gradient import dq_kernel
@@ -130,7 +130,8 @@ def backward_launches(
     def row(kernel: Kernel) -> TileConfig:
         tile = (config or {}).get(kernel)
         if tile is None:
-            tile = tile_config(kernel, architecture(q.device), head_dim, head_dim_v, q.dtype)
+            busy = does_more_than_softmax(inputs, spec)
+            tile = tile_config(kernel, architecture(q.device), head_dim, head_dim_v, q.dtype, busy)
         if tile is None:
             raise NotImplementedError(f"head_dim {head_dim} (v: {head_dim_v}) is larger than any tile")
         return tile

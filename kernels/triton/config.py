@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from triton.runtime.driver import driver
 
+from ..spec import AttentionSpec, Inputs
+
 Kernel = Literal["forward", "dkdv", "dq", "dbias"]
 
 
@@ -39,19 +41,19 @@ INTERPRETER = TileConfig(32, 32, num_warps=4, num_stages=1)
 # Largest padded head_dim -> row. 16-bit inputs.
 _AMPERE: Mapping[Kernel, Mapping[int, TileConfig]] = {
     "forward": {
-        64: TileConfig(128, 64, 4, 3),
-        128: TileConfig(128, 32, 4, 3),
+        64: TileConfig(128, 64, 4, 2),
+        128: TileConfig(128, 64, 8, 2),
         256: TileConfig(64, 32, 4, 2),
         512: TileConfig(32, 16, 4, 1),
     },
     "dkdv": {
-        64: TileConfig(64, 64, 4, 2),
-        128: TileConfig(32, 128, 8, 2),
+        64: TileConfig(64, 64, 8, 2),
+        128: TileConfig(32, 64, 4, 2),
         256: TileConfig(32, 64, 8, 1),
         512: TileConfig(16, 32, 8, 1),
     },
     "dq": {
-        64: TileConfig(128, 64, 4, 2),
+        64: TileConfig(128, 32, 4, 2),
         128: TileConfig(128, 64, 8, 2),
         256: TileConfig(64, 32, 8, 1),
         512: TileConfig(32, 16, 8, 1),
@@ -157,6 +159,28 @@ TABLE: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
     "gfx942": _CDNA,
 }
 
+# Calls that do more per score than a softmax (mask, bias, softcap, dropout) need registers for it: their
+# rows, where the one above would spill inside the loop.
+_AMPERE_BUSY: Mapping[Kernel, Mapping[int, TileConfig]] = {
+    "forward": {64: TileConfig(64, 64, 4, 2), 128: TileConfig(128, 32, 8, 2)},
+    "dkdv": {64: TileConfig(32, 64, 8, 1), 128: TileConfig(32, 64, 8, 1)},
+    "dq": {64: TileConfig(64, 32, 8, 1), 128: TileConfig(64, 32, 8, 1)},
+}
+_HOPPER_BUSY: Mapping[Kernel, Mapping[int, TileConfig]] = {
+    "forward": {64: TileConfig(128, 64, 8, 2), 128: TileConfig(128, 64, 8, 2)},
+    "dkdv": {64: TileConfig(32, 64, 8, 1), 128: TileConfig(32, 64, 8, 1)},
+    "dq": {64: TileConfig(64, 64, 8, 1)},
+}
+
+BUSY: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
+    "sm_80": _AMPERE_BUSY,
+    "sm_86": _AMPERE_BUSY,
+    "sm_89": _AMPERE_BUSY,
+    "sm_90": _HOPPER_BUSY,
+    "sm_100": _HOPPER_BUSY,
+    "sm_120": _AMPERE_BUSY,
+}
+
 # Rows that need a GPU's word before they may replace those above: compiled, never run. The model
 # expects the most of them, for calls without causal, window or mask.
 CANDIDATES: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
@@ -172,16 +196,19 @@ CANDIDATES: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
 
 @lru_cache(maxsize=256)
 def tile_config(
-    kernel: Kernel, arch: str, head_dim: int, head_dim_v: int, dtype: torch.dtype
+    kernel: Kernel, arch: str, head_dim: int, head_dim_v: int, dtype: torch.dtype, busy: bool = False
 ) -> TileConfig | None:
     """The row for a kernel, or None where no tile fits (head_dim above 512).
 
     arch: as `architecture` names it; one that is not in the table gets the row of the GPU with the
-    least shared memory. float32 takes half the tile: its elements are twice as large.
+    least shared memory. float32 takes half the tile: its elements are twice as large. busy: as
+    `does_more_than_softmax` says.
     """
     if arch == "interpreter":
         return INTERPRETER
     rows = TABLE.get(arch, _CONSUMER)[kernel]
+    if busy:
+        rows = {**rows, **BUSY.get(arch, {}).get(kernel, {})}
     bucket = next((limit for limit in rows if max(head_dim, head_dim_v) <= limit), None)
     if bucket is None:
         return None
@@ -189,6 +216,12 @@ def tile_config(
     if dtype != torch.float32:
         return row
     return replace(row, block_q=max(16, row.block_q // 2), block_k=max(16, row.block_k // 2), tma=False)
+
+
+def does_more_than_softmax(inputs: Inputs, spec: AttentionSpec) -> bool:
+    """Whether each score costs more than scaling it and taking its exponential."""
+    extras = inputs.mask, inputs.bias, spec.softcap, spec.dropout_p or None
+    return any(extra is not None for extra in extras)
 
 
 def architecture(device: torch.device) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..spec import AttentionSpec, Inputs, like
 from . import tiles
-from .config import TileConfig, architecture, tile_config
+from .config import TileConfig, architecture, does_more_than_softmax, tile_config
 from .launch import (
     Launch,
     broadcast_strides,
@@ -218,7 +218,8 @@ def forward_launch(
     batch, heads_q, seqlen_q, head_dim = q.shape
     heads_kv, seqlen_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     if config is None:
-        config = tile_config("forward", architecture(q.device), head_dim, head_dim_v, q.dtype)
+        busy = does_more_than_softmax(inputs, spec)
+        config = tile_config("forward", architecture(q.device), head_dim, head_dim_v, q.dtype, busy)
         if config is None:
             raise NotImplementedError(f"head_dim {head_dim} (v: {head_dim_v}) is larger than any tile")
     shift = spec.shift(seqlen_q, seqlen_k)
