@@ -37,7 +37,7 @@ class Case:
     """One problem, without its numbers. key_lengths are repeated over the batch."""
 
     name: str
-    batch: int = 2
+    batch: int = 1
     heads_q: int = 2
     heads_kv: int = 2
     seqlen_q: int = 33
@@ -199,9 +199,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "batch": {"batch": 2},
     "causal": {"causal": True},
     "window": {"window": (5, 1)},
-    "key_lengths": {"key_lengths": (21, 0, 40)},
+    "key_lengths": {"key_lengths": (21, 0, 40), "batch": 3},
     "mask": {"mask": Extra("empty_rows")},
     "bias": {"bias": Extra(axes="hqk")},
     "softcap": {"softcap": 1.5},
@@ -221,13 +222,13 @@ def _options() -> list[Case]:
 
 def _shapes() -> list[Case]:
     lengths = [(1, 1), (1, 7), (7, 1), (2, 2), (16, 17), (17, 16), (33, 65), (65, 33), (113, 203), (203, 113)]
-    sizes = [Case(f"{m}x{n}", seqlen_q=m, seqlen_k=n, batch=1) for m, n in lengths]
+    sizes = [Case(f"{m}x{n}", seqlen_q=m, seqlen_k=n) for m, n in lengths]
     causal = [replace(case, name=f"causal {case.name}", causal=True) for case in sizes]
     top_left = [replace(case, name=f"top-left {case.name}", top_left=True) for case in causal]
     dims = [(d, d) for d in (1, 3, 40, 64, 80, 128)] + [(192, 128), (64, 32), (32, 64)]
-    heads = [Case(f"head_dim {d}x{e}", batch=1, head_dim=d, head_dim_v=e) for d, e in dims]
+    heads = [Case(f"head_dim {d}x{e}", head_dim=d, head_dim_v=e) for d, e in dims]
     groups = [(2, 1), (6, 3), (6, 2), (8, 1), (7, 1)]
-    gqa = [Case(f"heads {m}x{n}", batch=1, seqlen_q=17, heads_q=m, heads_kv=n) for m, n in groups]
+    gqa = [Case(f"heads {m}x{n}", seqlen_q=17, heads_q=m, heads_kv=n) for m, n in groups]
     gqa += [replace(case, name=f"causal {case.name}", causal=True) for case in gqa]
     nothing = [Case("no batch", batch=0), Case("no queries", seqlen_q=0), Case("no keys", seqlen_k=0)]
     return sizes + causal + top_left + heads + gqa + nothing
@@ -239,21 +240,21 @@ def _visibility() -> list[Case]:
     window += [Case(f"causal window {w}", window=w, causal=True, seqlen_q=40) for w in windows[1:4]]
     window += [replace(c, name=f"top-left {c.name}", top_left=True) for c in window[3:4] + window[-1:]]
     lengths = [(0,), (1, 33), (16, 17), (33, 34), (0, 5)]
-    length = [Case(f"key_lengths {n}", key_lengths=n) for n in lengths]
-    length += [Case(f"causal key_lengths {n}", key_lengths=n, causal=True, seqlen_q=40) for n in lengths[1:]]
+    length = [Case(f"key_lengths {n}", key_lengths=n, batch=len(n)) for n in lengths]
+    length += [replace(case, name=f"causal {case.name}", causal=True, seqlen_q=40) for case in length[1:]]
     axes = ["bhqk", "hqk", "qk", "k", "bk", "bqk", "bhk", "q", "bh", "h", ""]
-    mask = [Case(f"mask {a or 'scalar'}", mask=Extra("random", a)) for a in axes]
+    mask = [Case(f"mask {a or 'scalar'}", batch=1 + ("b" in a), mask=Extra("random", a)) for a in axes]
     padding = [("padding_right", "bk"), ("padding_left", "bk"), ("padding_left", "bhqk")]
     empty = [("empty_rows", "q"), ("empty_columns", "k"), ("empty_columns", "bqk")]
     empty += [("first_entry_empty", "b"), ("nothing", "qk")]
-    mask += [Case(f"mask {p} {a}", mask=Extra(p, a)) for p, a in padding + empty]
-    mask += [Case(f"causal mask {p} {a}", mask=Extra(p, a), causal=True) for p, a in padding + empty[:1]]
+    patterns = [Case(f"mask {p} {a}", batch=2, mask=Extra(p, a)) for p, a in padding + empty]
+    mask += patterns + [replace(case, name=f"causal {case.name}", causal=True) for case in patterns[:4]]
     return window + length + mask
 
 
 def _numbers() -> list[Case]:
     axes = ["bhqk", "hqk", "qk", "k", "bk", "bqk", "bhk", "bhq", "h", ""]
-    bias = [Case(f"bias {a or 'scalar'}", bias=Extra("random", a)) for a in axes]
+    bias = [Case(f"bias {a or 'scalar'}", batch=1 + ("b" in a), bias=Extra("random", a)) for a in axes]
     bias += [Case(f"bias {p}", bias=Extra(p, "hqk", torch.float32)) for p in BIASES if p != "random"]
     dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
     bias += [Case(f"bias {d}".replace("torch.", ""), bias=Extra("random", "bqk", d)) for d in dtypes]
@@ -264,7 +265,7 @@ def _numbers() -> list[Case]:
     options += [Case(f"dropout {p:g}", dropout_p=p) for p in (0.1, 1.0)]
     kinds = ["uniform", "peaky", "tiny", "mean_v", "ones_v", "low_rank", "outlier_channel"]
     numbers = [Case(f"{kind} numbers", distribution=kind, head_dim=64, seqlen_k=65) for kind in kinds]
-    layouts = [Case(f"layout {x}", layout=x, heads_q=4, seqlen_q=17) for x in LAYOUTS if x != "bhsd"]
+    layouts = [Case(f"layout {x}", layout=x, batch=2, heads_q=4, seqlen_q=17) for x in LAYOUTS if x != "bhsd"]
     layouts += [Case(f"causal layout {x}", layout=x, causal=True) for x in ("bshd", "expanded_heads")]
     return bias + options + numbers + layouts
 

@@ -101,14 +101,14 @@ def to_tf32(x: Tensor) -> Tensor:
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-PLAIN = Case("plain", seqlen_q=50, seqlen_k=65, head_dim=64)
+PLAIN = Case("plain", batch=2, seqlen_q=50, seqlen_k=65, head_dim=64)
 SHAPES = [
     PLAIN,
-    Case("one query", seqlen_q=1, seqlen_k=200),
+    Case("one query", batch=4, seqlen_q=1, seqlen_k=200),
     Case("two keys", seqlen_k=2, head_dim=1),
     Case("narrow values", head_dim=64, head_dim_v=1),
     Case("grouped", heads_q=6, causal=True, seqlen_k=40),
-    Case("long", batch=1, seqlen_q=113, seqlen_k=203, head_dim=128),
+    Case("long", batch=2, seqlen_q=113, seqlen_k=203, head_dim=128),
 ]
 
 
@@ -170,7 +170,7 @@ def test_tf32_does_not_pass_for_float32() -> None:
 
 @pytest.fixture
 def solved() -> tuple[Results, Oracle]:
-    problem = Case("small", seqlen_q=5, seqlen_k=4, causal=True).build(torch.float16)
+    problem = Case("small", batch=2, seqlen_q=5, seqlen_k=4, causal=True).build(torch.float16)
     return flash_model(problem), expected(problem)
 
 

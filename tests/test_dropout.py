@@ -125,7 +125,7 @@ def test_the_mean_over_seeds_is_no_dropout() -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_probability_zero_is_no_dropout(impl: str, device: torch.device) -> None:
     """A rescaling or a threshold that changes the last bit."""
-    problem = Case("plain", batch=1).build(torch.float32, device)
+    problem = Case("plain").build(torch.float32, device)
     options = {**problem.options, "dropout_p": 0.0}
     without = {name: x for name, x in options.items() if name not in ("dropout_p", "seed")}
     for a, b in zip(*(evaluate(ours(impl), problem._replace(options=o)) for o in (options, without))):
@@ -135,7 +135,7 @@ def test_probability_zero_is_no_dropout(impl: str, device: torch.device) -> None
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_probability_one_is_zero(impl: str, device: torch.device) -> None:
     """0/0 in the rescaling. Only lse, which knows no dropout, still has a value and a gradient."""
-    problem = Case("all dropped", batch=1, dropout_p=1.0).build(torch.float32, device)
+    problem = Case("all dropped", dropout_p=1.0).build(torch.float32, device)
     problem = problem._replace(dlse=torch.zeros_like(problem.dlse))
     results = evaluate(ours(impl), problem)
     for x in (results.out, results.dq, results.dk, results.dv):

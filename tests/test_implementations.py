@@ -52,11 +52,11 @@ def test_within_budget(impl: str, dtype: torch.dtype, case: Case, device: torch.
 
 
 LARGE = [
-    Case("long", batch=1, heads_q=1, heads_kv=1, seqlen_q=1111, seqlen_k=2222, head_dim=64, causal=True),
-    Case("long window", batch=1, heads_q=1, heads_kv=1, seqlen_q=2000, seqlen_k=2000, window=(257, 0)),
-    Case("long dropout", batch=1, seqlen_q=1025, seqlen_k=1023, head_dim=80, dropout_p=0.2),
-    Case("long bias", batch=1, seqlen_q=777, seqlen_k=1500, bias=Extra(axes="hqk"), softcap=20.0),
-    Case("many heads", heads_q=12, heads_kv=4, seqlen_q=257, seqlen_k=513, head_dim=128),
+    Case("long", heads_q=1, heads_kv=1, seqlen_q=1111, seqlen_k=2222, head_dim=64, causal=True),
+    Case("long window", heads_q=1, heads_kv=1, seqlen_q=2000, seqlen_k=2000, window=(257, 0)),
+    Case("long dropout", seqlen_q=1025, seqlen_k=1023, head_dim=80, dropout_p=0.2),
+    Case("long bias", seqlen_q=777, seqlen_k=1500, bias=Extra(axes="hqk"), softcap=20.0),
+    Case("many heads", batch=2, heads_q=12, heads_kv=4, seqlen_q=257, seqlen_k=513, head_dim=128),
 ]
 
 

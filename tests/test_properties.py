@@ -17,7 +17,7 @@ from undivided.kernels.masks import visible
 
 IMPLEMENTATIONS = ["reference", "fallback", "triton"]
 HALF = torch.float16
-PLAIN = Case("plain", batch=1, seqlen_q=20, seqlen_k=40)
+PLAIN = Case("plain", seqlen_q=20, seqlen_k=40)
 
 pytestmark = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 
@@ -167,7 +167,7 @@ def test_one_query_alone_is_the_last_of_many(impl: str, device: torch.device) ->
 
 def test_errors_have_no_sign(impl: str, device: torch.device) -> None:
     """A cast that truncates: each error is small, but all go the same way and training drifts."""
-    case = Case("many", batch=1, seqlen_q=64, seqlen_k=64, head_dim=64, head_dim_v=256)
+    case = Case("many", seqlen_q=64, seqlen_k=64, head_dim=64, head_dim_v=256)
     if impl != "triton" or device.type == "cuda":
         case = replace(case, heads_q=8, heads_kv=8)
     errors = []
@@ -205,7 +205,7 @@ def assert_close(alone: Results, together: Results, entry: int) -> None:
 
 def test_the_same_call_gives_the_same_bits(impl: str, device: torch.device) -> None:
     """State left behind by a call with other options; gradients added up in any order."""
-    problem = Case("again", batch=1, heads_q=4, bias=Extra(axes="h"), dropout_p=0.2).build(HALF, device)
+    problem = Case("again", heads_q=4, bias=Extra(axes="h"), dropout_p=0.2).build(HALF, device)
     first = evaluate(ours(impl), problem)
     evaluate(ours(impl), with_options(problem, causal=True, softcap=3.0, scale=2.0, dropout_p=0.5))
     for name, x, y in zip(Results._fields, first, evaluate(ours(impl), problem)):
