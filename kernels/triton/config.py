@@ -16,7 +16,8 @@ from triton.runtime.driver import driver
 
 from ..spec import AttentionSpec, Inputs
 
-Kernel = Literal["forward", "dkdv", "dq", "dbias"]
+Kernel = Literal["forward", "forward_pairs", "dkdv", "dq", "dbias"]
+"""forward_pairs: the forward of a call whose bias, mask or dropout needs registers for every pair."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ _AMPERE: Mapping[Kernel, Mapping[int, TileConfig]] = {
         256: TileConfig(64, 32, 4, 2),
         512: TileConfig(32, 16, 4, 1),
     },
+    "forward_pairs": {
+        64: TileConfig(128, 64, 8, 2),
+        128: TileConfig(64, 32, 4, 2),
+        256: TileConfig(32, 32, 4, 1),
+        512: TileConfig(16, 16, 4, 1),
+    },
     "dkdv": {
         64: TileConfig(64, 64, 8, 2),
         128: TileConfig(32, 64, 4, 2),
@@ -74,6 +81,12 @@ _CONSUMER: Mapping[Kernel, Mapping[int, TileConfig]] = {
         256: TileConfig(64, 32, 4, 1),
         512: TileConfig(32, 16, 4, 1),
     },
+    "forward_pairs": {
+        64: TileConfig(128, 64, 8, 2),
+        128: TileConfig(64, 32, 4, 2),
+        256: TileConfig(32, 32, 4, 1),
+        512: TileConfig(16, 16, 4, 1),
+    },
     "dkdv": {
         64: TileConfig(64, 64, 4, 2),
         128: TileConfig(32, 64, 4, 2),
@@ -101,6 +114,12 @@ _HOPPER: Mapping[Kernel, Mapping[int, TileConfig]] = {
         256: TileConfig(128, 64, 8, 2),
         512: TileConfig(64, 32, 8, 1),
     },
+    "forward_pairs": {
+        64: TileConfig(128, 64, 8, 2),
+        128: TileConfig(128, 64, 8, 2),
+        256: TileConfig(128, 32, 8, 2),
+        512: TileConfig(64, 16, 8, 1),
+    },
     "dkdv": {
         64: TileConfig(64, 128, 8, 2),
         128: TileConfig(64, 128, 8, 1),
@@ -126,6 +145,12 @@ _CDNA: Mapping[Kernel, Mapping[int, TileConfig]] = {
     "forward": {
         64: TileConfig(128, 64, 4, 1),
         128: TileConfig(128, 64, 4, 1),
+        256: TileConfig(64, 32, 4, 1),
+        512: TileConfig(32, 16, 4, 1),
+    },
+    "forward_pairs": {
+        64: TileConfig(128, 64, 4, 1),
+        128: TileConfig(64, 64, 4, 1),
         256: TileConfig(64, 32, 4, 1),
         512: TileConfig(32, 16, 4, 1),
     },

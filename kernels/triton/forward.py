@@ -61,11 +61,14 @@ def _attend(
         if mask_ptr is not None:
             mask = tiles.load_pairs(mask_ptr, mask_strides, batch, head, rows, cols, n_keys, EDGE)
         k = tiles.load_rows(k_rows, k_strides, start, lo, hi, BLOCK_K, HEAD_DIM, EDGE, TMA)
-        v = tiles.load_rows(v_rows, v_strides, start, lo, hi, BLOCK_K, HEAD_DIM_V, EDGE, TMA)
-        if mask_ptr is not None:
+        if mask_ptr is None:
+            v = tiles.load_rows(v_rows, v_strides, start, lo, hi, BLOCK_K, HEAD_DIM_V, EDGE, TMA)
+        else:
+            # 0 times the NaN of a value that nobody sees is NaN, so such values are not loaded. Keys
+            # may be: what they hold stays in a column of scores that is replaced as a whole.
             seen = tiles.any_row(tiles.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE))
-            k = tiles.zero_unless(seen, k)
-            v = tiles.zero_unless(seen, v)
+            end = tl.where(seen, hi, 0)[:, None]
+            v = tiles.load_rows(v_rows, v_strides, start, lo, end, BLOCK_K, HEAD_DIM_V, True, TMA)
 
         dots = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
         if bias_ptr is not None:
