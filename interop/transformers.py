@@ -160,32 +160,46 @@ def make_mask(
     if attention_mask is not None and attention_mask.ndim == 3:
         return attention_mask  # `generate` makes the mask and the model is asked to make it again
     bidirectional = allow_is_bidirectional_skip is not None
-    plain = allow_is_bidirectional_skip if bidirectional else allow_is_causal_skip
     chunked = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
-    on_device = isinstance(q_offset, Tensor)  # a static cache counts there, and reading it would wait for it
-    seqlen = q_offset + q_length - kv_offset  # keys up to the last query's own
-    if bidirectional:
-        shifted = local_size is not None and seqlen != kv_length
-        seqlen = kv_length
-    else:
-        shifted = False
-    if not plain or use_vmap or chunked or on_device or shifted:
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
-            use_vmap=use_vmap,
-            device=device,
-            **others,
-        )
+    plain = allow_is_bidirectional_skip if bidirectional else allow_is_causal_skip
+    # A static cache counts its keys in a tensor: reading that would wait for the device.
+    if plain and not use_vmap and not chunked and not isinstance(q_offset, Tensor):
+        seqlen = q_offset + q_length - kv_offset  # keys up to the last query's own
+        if not bidirectional:
+            return _key_mask(batch_size, seqlen, kv_length, kv_offset, attention_mask, local_size, device)
+        if local_size is None:
+            return _key_mask(batch_size, kv_length, kv_length, kv_offset, attention_mask, None, device)
+        if seqlen == kv_length:
+            reach = local_size + 1  # transformers counts the query itself in causal windows only
+            return _key_mask(batch_size, seqlen, kv_length, kv_offset, attention_mask, reach, device)
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        use_vmap=use_vmap,
+        device=device,
+        **others,
+    )
+
+
+def _key_mask(
+    batch_size: int,
+    seqlen: int,
+    kv_length: int,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    window: int | None,
+    device: torch.device | str,
+) -> Tensor | None:
+    """The first three answers of `make_mask`: the first seqlen of kv_length keys, within a window."""
     valid = None if attention_mask is None else _validity(attention_mask, kv_offset, seqlen)
-    window = seqlen if local_size is None else min(local_size + bidirectional, seqlen)
+    window = seqlen if window is None else min(window, seqlen)
     if valid is None:
         if window == seqlen == kv_length:
             return None

@@ -15,7 +15,7 @@ import torch
 
 from . import models
 from .comparison import Neighbours, compare_neighbours, largest_difference, search
-from .sentences import DemoError, Sentences, read_sample, read_sentences
+from .sentences import FEWEST, DemoError, Sentences, read_sample, read_sentences
 
 if TYPE_CHECKING:
     from .embedding import Run
@@ -115,6 +115,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Run the demo; the exit status is 0 if both attentions agree, 1 if not, 2 if it could not run."""
     try:
+        if options.limit < FEWEST:
+            raise DemoError(f"--limit must be at least {FEWEST}, to compare neighbours; got {options.limit}")
         _check_installed(options)
         _check_outputs(options)
         device = _device(options.device)

@@ -41,13 +41,19 @@ def _map(axes: Any, sentences: Sentences, stock: Tensor, ours: Tensor) -> None:
     """Both sets of embeddings in one plane, rings for stock and dots for ours."""
     plane = _plane(sentences.topics, stock)
     rings, dots = (stock @ plane).numpy(), (ours @ plane).numpy()
-    topics = list(dict.fromkeys(sentences.topics))
+    topics = sorted(set(sentences.topics))
     size = 42 if len(stock) <= 500 else 14
     for i, topic in enumerate(topics):
         rows = [row for row, name in enumerate(sentences.topics) if name == topic]
         colour = COLOURS[i % len(COLOURS)]
         axes.scatter(*rings[rows].T, s=size, facecolors="none", edgecolors=colour, linewidths=0.9, alpha=0.8)
-        axes.scatter(*dots[rows].T, s=size / 5, color=colour, linewidths=0, label=topic or None)
+        axes.scatter(
+            *dots[rows].T,
+            s=size / 5,
+            color=colour,
+            linewidths=0,
+            label=f"topic {topic}" if topic.isdecimal() else topic,
+        )
     axes.set_title("every sentence twice: ring = stock attention, dot = undivided", fontsize=10, color=INK)
     if len(topics) > 1:
         axes.legend(loc="best", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none", markerscale=2)
