@@ -72,18 +72,20 @@ def tasks(only: str | None = None) -> Iterator[lane.Task]:
 
 def write(outcomes: Sequence[lane.Outcome], complete: bool, folder: Path) -> Path:
     """One file: where it ran, what passed, every figure."""
-    document = {
-        "environment": environment(),
-        "complete": complete,
-        "tests": [o._asdict() for o in outcomes if o.name.startswith("tests/")],
-        "sweep": [o._asdict() for o in outcomes if o.name.startswith("sweep/")],
-    }
-    for entry in (*document["tests"], *document["sweep"]):
+    where = environment()
+    entries = [outcome._asdict() for outcome in outcomes]
+    for entry in entries:
         if entry["status"] == "passed":
             del entry["tail"]
-    gpu = re.sub(r"[^a-z0-9]+", "-", document["environment"]["gpu"].lower()).strip("-")
+    document = {
+        "environment": where,
+        "complete": complete,
+        "tests": [entry for entry in entries if entry["name"].startswith("tests/")],
+        "sweep": [entry for entry in entries if entry["name"].startswith("sweep/")],
+    }
+    gpu = re.sub(r"[^a-z0-9]+", "-", where["gpu"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{gpu}-{document['environment']['date']}.json"
+    path = folder / f"{gpu}-{where['date']}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
 
