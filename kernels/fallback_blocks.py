@@ -149,7 +149,7 @@ class MatmulEngine:
         elements = _BLOCK_ELEMENTS if q.device.type == "cpu" else 16 * _BLOCK_ELEMENTS
         if spec.dropout_p > 0.0:
             elements //= 4  # Philox works in int64 with several words per element
-        cols = min(k.shape[2], 512)
+        cols = min(k.shape[2], _COLS)
         return Limits(max(16, elements // (q.shape[0] * q.shape[1] * cols)), cols, False)
 
     @staticmethod
@@ -186,6 +186,7 @@ class MatmulEngine:
 
 _MASK_ELEMENTS = 2**22
 _BLOCK_ELEMENTS = 2**21
+_COLS = 512
 _FEW_ROWS = 16
 _FEW_COLS = 1024
 _CONVERTED_ELEMENTS = 2**18

@@ -1,0 +1,166 @@
+"""What only the fallback can get wrong: its plan of blocks, its two engines, its memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from undivided.conformance.budget import assert_within_budget
+from undivided.conformance.cases import Case, Extra
+from undivided.conformance.check import evaluate, expected, ours
+from undivided.kernels import fallback, fallback_blocks
+from undivided.kernels.fallback_plan import Limits, plan
+from undivided.kernels.masks import visible
+from undivided.kernels.spec import AttentionSpec, Inputs
+
+SIDE = st.none() | st.integers(0, 25)
+CPU = torch.device("cpu")
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    left=SIDE,
+    right=SIDE,
+    top_left=st.booleans(),
+    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0, 40)),
+    elementwise=st.booleans(),
+    limits=st.builds(Limits, st.integers(1, 12), st.integers(1, 12), st.booleans()),
+)
+def test_plan_holds_every_visible_pair_once(
+    left: int | None,
+    right: int | None,
+    top_left: bool,
+    sizes: tuple[int, int, int],
+    elementwise: bool,
+    limits: Limits,
+) -> None:
+    """A block counted twice, left out, or called fully visible when it is not."""
+    seqlen_q, seqlen_k, stop = sizes
+    stop = min(stop, seqlen_k)
+    spec = AttentionSpec(1.0, left, right, top_left)
+    q, k = (torch.zeros(1, 1, n, 1) for n in (seqlen_q, seqlen_k))
+    ok = visible(Inputs(q, k, k), spec)
+    allowed = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool) if ok is None else ok.clone()
+    allowed[:, stop:] = False
+
+    count = torch.zeros(seqlen_q, seqlen_k, dtype=torch.int64)
+    for rows, parts in plan(spec, seqlen_q, seqlen_k, stop, elementwise, limits):
+        assert parts
+        for part in parts:
+            here = torch.ones_like(count[rows, part.cols], dtype=torch.bool)
+            if part.visible == "causal":
+                here = here.tril()
+            elif part.visible == "some":
+                here = allowed[rows, part.cols]
+            assert not (elementwise and part.visible != "some")
+            count[rows, part.cols] += here
+    assert torch.equal(count, allowed.long())
+
+
+CASES = [
+    Case("plain", seqlen_q=40, seqlen_k=50, head_dim_v=24),
+    Case("bottom right", seqlen_q=40, seqlen_k=90, causal=True, heads_q=4),
+    Case("nothing seen first", seqlen_q=50, seqlen_k=20, causal=True),
+    Case("keys nobody sees", seqlen_q=20, seqlen_k=50, causal=True, top_left=True),
+    Case("window", seqlen_q=70, seqlen_k=70, window=(9, 3)),
+    Case("lengths", batch=4, key_lengths=(33, 7, 7, 0), causal=True),
+    Case("mask", batch=2, heads_q=4, mask=Extra("random", "bqk")),
+    Case("bias", heads_q=4, bias=Extra("random", "hqk"), causal=True),
+    Case("softcap", softcap=2.0, seqlen_q=60),
+    Case("dropout", batch=2, heads_q=4, dropout_p=0.3, key_lengths=(20, 33)),
+    Case("decode", heads_q=8, seqlen_q=1, seqlen_k=100, mask=Extra("random", "hqk"), head_dim_v=8),
+    Case("few rows", heads_q=8, seqlen_q=3, seqlen_k=100, causal=True, bias=Extra("random", "qk")),
+]
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    problem = case.build(dtype)
+    assert_within_budget(evaluate(ours("fallback"), problem), expected(problem), "wide")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("engine", ["operator", "matmul"])
+def test_many_small_blocks(
+    case: Case, dtype: torch.dtype, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merging and summing go wrong only where a row has several blocks: long inputs, or small limits.
+
+    Without the operator the other engine runs, as it does on every device but a CPU.
+    """
+    for limit in ("_MASK_ELEMENTS", "_BLOCK_ELEMENTS", "_CONVERTED_ELEMENTS"):
+        monkeypatch.setattr(fallback_blocks, limit, 256)
+    monkeypatch.setattr(fallback_blocks, "_COLS", 16)
+    if engine == "matmul":
+        monkeypatch.setattr(fallback_blocks.FlashEngine, "takes", lambda inputs, spec: False)
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("engine", ["operator", "matmul"])
+def test_lengths_as_a_mask(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other devices cannot read key_lengths without waiting: they mask, and hidden keys stay harmless."""
+    monkeypatch.setattr(
+        fallback, "_by_length", lambda inputs: iter([(slice(None), inputs, inputs.k.shape[2])])
+    )
+    if engine == "matmul":
+        monkeypatch.setattr(fallback_blocks.FlashEngine, "takes", lambda inputs, spec: False)
+    case = Case("lengths", batch=3, heads_q=4, key_lengths=(33, 7, 0), causal=True)
+    problem = case.build(torch.float32)
+    k, v = problem.k.clone(), problem.v.clone()
+    k[1, :, 7:], v[2] = torch.nan, torch.inf
+    actual = evaluate(ours("fallback"), problem._replace(k=k, v=v))
+    assert_within_budget(actual, expected(problem), "wide")
+
+
+def test_row_emptied_by_bias_and_causal_together() -> None:
+    """The operator calls such a row's lse 0; -inf in the part of the bias that causal leaves."""
+    problem = Case("", seqlen_q=20, seqlen_k=20, causal=True).build(torch.float32)
+    bias = torch.zeros(20, 20)
+    bias[:8, :8] = -torch.inf
+    problem = problem._replace(options={**problem.options, "bias": bias})
+    actual = evaluate(ours("fallback"), problem)
+    assert actual.lse is not None
+    assert (actual.lse[:, :, :8] == -torch.inf).all()
+    assert_within_budget(actual, expected(problem), "wide")
+
+
+def test_rows_that_blas_cannot_step_over() -> None:
+    """Keys expanded along the sequence have a row stride of 0; the operator hands it to BLAS."""
+    problem = Case("", seqlen_q=9, seqlen_k=9).build(torch.float32)
+    k = problem.k[:, :, :1].expand(-1, -1, 9, -1)
+    problem = problem._replace(k=k)
+    assert_within_budget(evaluate(ours("fallback"), problem), expected(problem), "wide")
+
+
+_STEP = """
+import re, torch, undivided
+torch.set_num_threads(1)
+def step(seqlen):
+    q, k, v = (torch.randn(1, 2, seqlen, 16, requires_grad=True) for _ in range(3))
+    undivided.attention(q, k, v, **OPTIONS).sum().backward()
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+step(2048)
+before = peak()
+step(8192)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc: getrusage inherits pytest's")
+@pytest.mark.parametrize(
+    "options", ["{'window': (127, 0)}", "{'causal': True, 'softcap': 5.0}", "{'mask': torch.ones(8192) > 0}"]
+)
+def test_memory_is_linear(options: str) -> None:
+    """A matrix of scores, or a mask of that size: 2 heads x 8192² x 4 bytes would be 512 MiB."""
+    program = _STEP.replace("OPTIONS", options)
+    if "mask" in options:
+        program = program.replace("step(2048)", "")
+    command = [sys.executable, "-c", program]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert int(finished.stdout) < 200 * 1024, f"{finished.stdout} KiB more at the peak"
