@@ -12,6 +12,7 @@ from . import tiles
 def _gather_from_queries(
     dk,
     dv,
+    outputs,
     k,
     v,
     queries,
@@ -31,13 +32,14 @@ def _gather_from_queries(
     EDGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add to dk and dv of a key tile what query tiles from start to stop contribute.
+    """Add to dk and dv of a key tile, as far as there is an output, what query tiles contribute.
 
     Everything is transposed, [BLOCK_K, BLOCK_Q], so that P and dS go from registers into the next
     product. EDGE visits the tiles on both sides of [full_lo, full_hi) in one loop: a loop of its
     own for each side costs registers that spill.
     """
     q_rows, q_strides, dout_rows, dout_strides, offset_ptr, delta_ptr = queries
+    dk_ptr, dv_ptr = outputs
     bias_ptr, bias_strides, mask_ptr, mask_strides = pairs
     seed, last_dropped, kept_scale, plane = dropout
     batch, head, first_col = where
@@ -75,10 +77,10 @@ def _gather_from_queries(
         s = tiles.scores(dots, scale, softcap, bias)
         ok = tiles.element_mask_of_keys(index, cols, n_keys, shift, left, right, mask, EDGE)
         p = tiles.zero_hidden(tiles.probabilities(s, unit, offset[None, :], softcap, bias), ok)
-        if dv is not None:
+        if dv_ptr is not None:
             p_kept = tiles.dropped(p, keep, kept_scale)
             dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        if dk is not None:
+        if dk_ptr is not None:
             dp = tiles.dropped(tl.dot(v, dout.T, input_precision=PRECISION), keep, kept_scale)
             ds = p * (dp - delta[None, :])
             if softcap is not None:
@@ -141,11 +143,13 @@ def dkdv_kernel(
     )
     k_rows = tiles.rows_of_head(k_ptr, k_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM, False)
     v_rows = tiles.rows_of_head(v_ptr, v_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM_V, False)
-    k = tiles.load_rows(k_rows, k_strides, first_col, 0, n_keys, BLOCK_K, HEAD_DIM, True, False)
-    v = tiles.load_rows(v_rows, v_strides, first_col, 0, n_keys, BLOCK_K, HEAD_DIM_V, True, False)
+    seen_lo, seen_hi = tiles.seen_keys(seqlen_q, n_keys, shift, left, right)
+    k = tiles.load_rows(k_rows, k_strides, first_col, seen_lo, seen_hi, BLOCK_K, HEAD_DIM, True, False)
+    v = tiles.load_rows(v_rows, v_strides, first_col, seen_lo, seen_hi, BLOCK_K, HEAD_DIM_V, True, False)
     unit = tiles.score_unit(scale, softcap, bias_ptr)
-    dk = None
-    dv = None
+    outputs = (dk_ptr, dv_ptr)
+    dk = 0.0
+    dv = 0.0
     if dk_ptr is not None:
         dk = tl.zeros([BLOCK_K, max(16, triton.next_power_of_2(HEAD_DIM))], tl.float32)
     if dv_ptr is not None:
@@ -170,12 +174,12 @@ def dkdv_kernel(
             dropout = (tl.load(seed_ptr), last_dropped, kept_scale, plane)
         where = (batch, head, first_col)
         dk, dv = _gather_from_queries(
-            dk, dv, k, v, queries, pairs, dropout, where, window, lo, edges_stop, unit, scale, softcap,
-            BLOCK_Q, BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, PRECISION,
+            dk, dv, outputs, k, v, queries, pairs, dropout, where, window, lo, edges_stop, unit,
+            scale, softcap, BLOCK_Q, BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, PRECISION,
         )  # fmt: skip
         dk, dv = _gather_from_queries(
-            dk, dv, k, v, queries, pairs, dropout, where, window, full_lo, full_hi, unit, scale, softcap,
-            BLOCK_Q, BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, PRECISION,
+            dk, dv, outputs, k, v, queries, pairs, dropout, where, window, full_lo, full_hi, unit,
+            scale, softcap, BLOCK_Q, BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, PRECISION,
         )  # fmt: skip
     if dk_ptr is not None:
         dk_rows = tiles.rows_of_head(dk_ptr, dk_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM, False)

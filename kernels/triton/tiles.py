@@ -377,10 +377,22 @@ def softcap_slope(dots, scale, softcap):
 
 
 @triton.jit
+def seen_keys(seqlen_q, n_keys, shift, left, right):
+    """Keys [lo, hi) that some query row sees, as far as causal, window and lengths say."""
+    lo = 0
+    hi = n_keys
+    if left is not None:
+        lo = tl.maximum(shift - left, 0)
+    if right is not None:
+        hi = tl.minimum(seqlen_q + shift + right, n_keys)
+    return lo, hi
+
+
+@triton.jit
 def element_mask_of_keys(rows, cols, n_keys, shift, left, right, mask, EDGE: tl.constexpr):
     """`element_mask` for transposed scores: bounds per key, of which a thread holds few, not per row.
 
-    rows may run past the end.
+    rows may run past the end: their p vanishes, since they have an lse offset of +inf.
     """
     if EDGE:
         first = tl.zeros_like(cols)
