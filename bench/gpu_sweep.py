@@ -90,9 +90,9 @@ CASES = {
 }
 
 
-def peers(case: Case, device: torch.device) -> dict[str, Callable[..., Tensor]]:
+def peers(case: Case, device: torch.device) -> dict[str, Callable[..., Any]]:
     """Everybody who can compute the case, the package last."""
-    found: dict[str, Callable[..., Tensor]] = {}
+    found: dict[str, Callable[..., Any]] = {}
     if case.window is None:
         backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
         if case.seqlen <= MATH_LIMIT:
@@ -116,7 +116,7 @@ def _sdpa(case: Case, backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> T
 
 def _flex(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     compiled, block_mask = _flex_parts(case, q.device)
-    return compiled(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])  # type: ignore[no-any-return]
+    return compiled(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @functools.cache
@@ -146,7 +146,7 @@ def measure(case: Case, device: torch.device, tokens: int = TOKENS) -> Iterator[
         "backward": flops.backward_flops(q.shape, k.shape, v.shape, case.spec),
     }
     for name, call in peers(case, device).items():
-        record = {"case": case.name, "implementation": name}
+        record: dict[str, Any] = {"case": case.name, "implementation": name}
         try:
             out = call(q, k, v)
             grads = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
@@ -159,7 +159,7 @@ def measure(case: Case, device: torch.device, tokens: int = TOKENS) -> Iterator[
         if wrong and name == "undivided":
             yield record | {"wrong": wrong}
             continue
-        runs = {
+        runs: dict[str, Callable[[], Any]] = {
             "forward": _without_gradients(functools.partial(call, q, k, v)),
             "backward": functools.partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True),
         }
@@ -208,7 +208,10 @@ def seconds(run: Callable[[], Any], device: torch.device) -> tuple[float, float,
     for _ in range(3):
         run()
     torch.cuda.synchronize()
-    estimate = _host_seconds(lambda: (run(), torch.cuda.synchronize()))
+    began = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    estimate = time.perf_counter() - began
     repeats = max(10, min(200, int(TARGET_SECONDS / estimate)))
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in pairs:
