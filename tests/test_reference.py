@@ -58,8 +58,8 @@ def test_grouped_heads_are_pytorchs() -> None:
 @pytest.mark.parametrize("axes", ["bhqk", "qk", "bk", "h"])
 def test_mask_and_bias_are_pytorchs(axes: str) -> None:
     """True meaning "hidden", or a broadcast aligned to the left."""
-    mask = Case("mask", mask=Extra("empty_rows" if "q" in axes else "random", axes))
-    bias = Case("bias", bias=Extra("random", axes))
+    mask = Case("mask", batch=2, mask=Extra("empty_rows" if "q" in axes else "random", axes))
+    bias = Case("bias", batch=2, bias=Extra("random", axes))
     compare_with_pytorch(mask, mask.build(torch.float64).options["mask"])
     compare_with_pytorch(bias, bias.build(torch.float64).options["bias"])
 
