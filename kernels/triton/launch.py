@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
+from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
@@ -50,15 +50,21 @@ class Launch(NamedTuple):
         None), so this is the binary that a call with them runs:
         `launch.compile(GPUTarget("cuda", 90, 32)).asm["cubin"]`.
         """
-        backend = make_backend(target)
-        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
-        keywords = self.constants | self.options()
-        bound, specialization, options = bind(*self.arguments, **keywords)
+        backend, bound, specialization, options = self.specialise(target)
         packed, signature, constants, attributes = self.kernel._pack_args(
-            backend, dict(keywords, debug=False), bound, specialization, options
+            backend, self.constants | self.options() | {"debug": False}, bound, specialization, options
         )
         source = ASTSource(self.kernel, signature, constants, attributes)
         return triton.compile(source, target=target, options=packed.__dict__)
+
+    def specialise(self, target: GPUTarget) -> tuple[BaseBackend, dict[str, Any], list[Any], dict[str, Any]]:
+        """What a call compiles for: (backend, arguments by name, specialization, options).
+
+        Calls whose specialization and options are equal share one binary.
+        """
+        backend = make_backend(target)
+        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        return backend, *bind(*self.arguments, **self.constants, **self.options())
 
 
 def broadcast_strides(x: Tensor | None) -> Strides | None:
