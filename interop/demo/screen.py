@@ -35,7 +35,8 @@ class Screen:
         if device.type == "cuda":
             where = torch.cuda.get_device_name(device)
         else:
-            where = f"{device}, {torch.get_num_threads()} threads"
+            threads = torch.get_num_threads()
+            where = f"{device}, {threads} thread{'s' * (threads > 1)}"
         self.console.print()
         facts = (
             ("model", f"[bold]{escape(encoder.name)}[/] ({encoder.description})"),
