@@ -16,8 +16,7 @@ from triton.runtime.driver import driver
 
 from ..spec import AttentionSpec, Inputs
 
-Kernel = Literal["forward", "forward_pairs", "dkdv", "dq", "dbias"]
-"""forward_pairs: the forward of a call whose bias, mask or dropout needs registers for every pair."""
+Kernel = Literal["forward", "dkdv", "dq", "dbias"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,6 @@ _AMPERE: Mapping[Kernel, Mapping[int, TileConfig]] = {
         256: TileConfig(64, 32, 4, 2),
         512: TileConfig(32, 16, 4, 1),
     },
-    "forward_pairs": {
-        64: TileConfig(128, 64, 8, 2),
-        128: TileConfig(64, 32, 4, 2),
-        256: TileConfig(32, 32, 4, 1),
-        512: TileConfig(16, 16, 4, 1),
-    },
     "dkdv": {
         64: TileConfig(64, 64, 8, 2),
         128: TileConfig(32, 64, 4, 2),
@@ -81,12 +74,6 @@ _CONSUMER: Mapping[Kernel, Mapping[int, TileConfig]] = {
         256: TileConfig(64, 32, 4, 1),
         512: TileConfig(32, 16, 4, 1),
     },
-    "forward_pairs": {
-        64: TileConfig(128, 64, 8, 2),
-        128: TileConfig(64, 32, 4, 2),
-        256: TileConfig(32, 32, 4, 1),
-        512: TileConfig(16, 16, 4, 1),
-    },
     "dkdv": {
         64: TileConfig(64, 64, 4, 2),
         128: TileConfig(32, 64, 4, 2),
@@ -114,12 +101,6 @@ _HOPPER: Mapping[Kernel, Mapping[int, TileConfig]] = {
         256: TileConfig(128, 64, 8, 2),
         512: TileConfig(64, 32, 8, 1),
     },
-    "forward_pairs": {
-        64: TileConfig(128, 64, 8, 2),
-        128: TileConfig(128, 64, 8, 2),
-        256: TileConfig(128, 32, 8, 2),
-        512: TileConfig(64, 16, 8, 1),
-    },
     "dkdv": {
         64: TileConfig(64, 128, 8, 2),
         128: TileConfig(64, 128, 8, 1),
@@ -145,12 +126,6 @@ _CDNA: Mapping[Kernel, Mapping[int, TileConfig]] = {
     "forward": {
         64: TileConfig(128, 64, 4, 1),
         128: TileConfig(128, 64, 4, 1),
-        256: TileConfig(64, 32, 4, 1),
-        512: TileConfig(32, 16, 4, 1),
-    },
-    "forward_pairs": {
-        64: TileConfig(128, 64, 4, 1),
-        128: TileConfig(64, 64, 4, 1),
         256: TileConfig(64, 32, 4, 1),
         512: TileConfig(32, 16, 4, 1),
     },
@@ -187,12 +162,22 @@ TABLE: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
 # Calls that do more per score than a softmax (mask, bias, softcap, dropout) need registers for it: their
 # rows, where the one above would spill inside the loop.
 _AMPERE_BUSY: Mapping[Kernel, Mapping[int, TileConfig]] = {
-    "forward": {64: TileConfig(64, 64, 4, 2), 128: TileConfig(128, 32, 8, 2)},
+    "forward": {
+        64: TileConfig(128, 64, 8, 2),
+        128: TileConfig(64, 32, 4, 2),
+        256: TileConfig(32, 32, 4, 1),
+        512: TileConfig(16, 16, 4, 1),
+    },
     "dkdv": {64: TileConfig(32, 64, 8, 1), 128: TileConfig(32, 64, 8, 1)},
     "dq": {64: TileConfig(64, 32, 8, 1), 128: TileConfig(64, 32, 8, 1)},
 }
 _HOPPER_BUSY: Mapping[Kernel, Mapping[int, TileConfig]] = {
-    "forward": {64: TileConfig(128, 64, 8, 2), 128: TileConfig(128, 64, 8, 2)},
+    "forward": {
+        64: TileConfig(128, 64, 8, 2),
+        128: TileConfig(128, 64, 8, 2),
+        256: TileConfig(128, 32, 8, 2),
+        512: TileConfig(64, 16, 8, 1),
+    },
     "dkdv": {64: TileConfig(32, 64, 8, 1), 128: TileConfig(32, 64, 8, 1)},
     "dq": {64: TileConfig(64, 64, 8, 1)},
 }
@@ -204,6 +189,7 @@ BUSY: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
     "sm_90": _HOPPER_BUSY,
     "sm_100": _HOPPER_BUSY,
     "sm_120": _AMPERE_BUSY,
+    "gfx942": {"forward": {128: TileConfig(64, 64, 4, 1)}},
 }
 
 # Rows that need a GPU's word before they may replace those above: compiled, never run. The model
