@@ -23,7 +23,7 @@ SHAPES = {  # batch, heads, seqlen, head_dim
     "cpu": [(1, 8, 1024, 64), (4, 8, 256, 64), (1, 8, 4, 64)],
 }
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "undivided": lambda q, k, v, causal: attention(q, k, v, causal=causal),  # type: ignore[dict-item, return-value]
+    "undivided": lambda q, k, v, causal: attention(q, k, v, causal=causal),
     "torch": lambda q, k, v, causal: F.scaled_dot_product_attention(q, k, v, is_causal=causal),
 }
 

@@ -31,7 +31,7 @@ def fenced(x: Tensor) -> Tensor:
     between them too; axes of stride 0 keep it.
     """
     stored = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]
-    order = sorted(range(x.ndim), key=lambda axis: (-stored.stride(axis), axis))
+    order = sorted(range(x.ndim), key=lambda axis: (-stored.stride()[axis], axis))
     sizes = [stored.shape[axis] + 3 for axis in order]
     length = torch.Size(sizes).numel()
     buffer = poison(x.new_empty(length + 2 * CANARIES))[CANARIES : CANARIES + length].view(sizes)

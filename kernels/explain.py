@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from . import dispatch, evidence
 from .flops import backward_flops, forward_flops
 from .functional import prepare, with_options
 from .masks import key_bounds
-from .spec import IMPLEMENTATIONS, AttentionOptions, AttentionSpec, Inputs
+from .spec import IMPLEMENTATIONS, AttentionOptions, AttentionSpec, Inputs, check_want
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,12 +59,20 @@ class Explanation:
 
 
 @with_options
-def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AttentionOptions]) -> Explanation:
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    want: Sequence[str] | None = None,
+    **options: Unpack[AttentionOptions],
+) -> Explanation:
     """Which implementation `attention` would run for these arguments, and why each other one would not.
 
     Takes what `attention` takes, meta tensors too. Raises what `attention` raises for wrong input; an
     impl= that cannot take the call is explained, not raised.
     """
+    check_want(want)
     inputs, spec = prepare(q, k, v, options)
     order = options.get("impl") or dispatch.DEFAULT_IMPL
     chosen: str | None

@@ -30,14 +30,14 @@ def register(namespace: str) -> None:
 
     operators = getattr(torch.ops, namespace)
 
-    @register_flop_formula(operators.forward)  # type: ignore[untyped-decorator]
+    @register_flop_formula(operators.forward)
     def _(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        return forward_flops(*args[:3], AttentionSpec(*args[N_INPUTS:-1]))
+        return forward_flops(args[0], args[1], args[2], AttentionSpec(*args[N_INPUTS:-1]))
 
-    @register_flop_formula(operators.backward)  # type: ignore[untyped-decorator]
+    @register_flop_formula(operators.backward)
     def _(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        inputs = args[4:]
-        return backward_flops(*inputs[:3], AttentionSpec(*inputs[N_INPUTS:-2]))
+        q, k, v, *rest = args[4:]
+        return backward_flops(q, k, v, AttentionSpec(*rest[N_INPUTS - 3 : -2]))
 
 
 def _flops(

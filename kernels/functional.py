@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -48,9 +48,22 @@ def with_options(call: _F) -> _F:
     return call
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, want: None = None, **options: Unpack[AttentionOptions]
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, want: Sequence[str], **options: Unpack[AttentionOptions]
+) -> AttentionStats: ...
 @with_options
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AttentionOptions]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    want: Sequence[str] | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor | AttentionStats:
     """Softmax attention: softmax(scale·q·kᵀ + bias over the keys a query may see) · v.
 
@@ -62,6 +75,7 @@ def attention(
     Query i stands at position i + (seqlen_k - seqlen_q): the last query sees the last key.
 
     Options:
+        want: names of statistics to return as well, out of ("lse",): then an AttentionStats is returned.
         causal: a query sees no key after its position.
         window: (left, right): the query at p sees keys p - left ... p + right, both ends included;
             None is unbounded. causal means right = 0.
@@ -73,7 +87,6 @@ def attention(
         dropout_p: probability of dropping a weight, in [0, 1]; the others grow by 1/(1 - dropout_p).
         seed: int or int64 tensor that decides which are dropped; drawn from PyTorch's generator if None.
         check: also check values that live on the device (key_lengths); synchronises.
-        want: names of statistics to return as well, out of ("lse",): then an AttentionStats is returned.
         impl: "auto", "reference", "fallback" or "triton". None: the environment variable UNDIVIDED_IMPL,
             else "auto", which never raises for valid input; an order that cannot be followed raises.
 
@@ -84,10 +97,10 @@ def attention(
         ValueError, TypeError: an argument is not what it must be; the message names it.
         NotImplementedError: impl= names an implementation that cannot take the call; lists every reason.
     """
+    check_want(want)
     inputs, spec = prepare(q, k, v, options)
     out, lse = _run(inputs, spec, options.get("impl"))
-    want = options.get("want")
-    if not want:
+    if want is None:
         return out
     return AttentionStats(out, lse if "lse" in want else None)
 
@@ -138,7 +151,6 @@ def prepare(
     if len(filled) != len(DEFAULTS):
         unknown = next(name for name in options if name not in DEFAULTS)
         raise TypeError(f"unknown option {unknown!r}; the options are {', '.join(DEFAULTS)}")
-    check_want(filled["want"])
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
     dtype = _autocast_dtype(q.device.type)

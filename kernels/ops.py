@@ -46,14 +46,17 @@ def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, T
     """(out, lse), differentiable once in q, k, v and bias."""
     if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
         flops.register(NAMESPACE)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _TransformableAttention.apply(*inputs, spec, impl)  # type: ignore[no-any-return]
     q, k, v, bias = inputs[:4]
-    if torch.is_grad_enabled() and (
+    function: Any = None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        function = _TransformableAttention
+    elif torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _Attention.apply(*inputs, spec, impl)  # type: ignore[no-any-return]
-    return _forward_op(*inputs, *spec, impl)
+        function = _Attention
+    if function is None:
+        return _forward_op(*inputs, *spec, impl)
+    return function.apply(*inputs, spec, impl)
 
 
 class _Attention(torch.autograd.Function):
@@ -153,7 +156,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
         return out.zero_(), lse.fill_(-torch.inf)
     if impl == "auto":
         _say_if_untried(inputs.q.device)
-    return _first_that_compiles(impl, "attention_forward", inputs, spec)  # type: ignore[no-any-return]
+    return _first_that_compiles(impl, "attention_forward", inputs, spec)
 
 
 def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -229,21 +232,23 @@ def _implementation(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __package__)
 
 
-def _fold_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+def _fold_vmap(
+    info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     """vmap of undivided::forward."""
     return _vmap(_forward_op, 0, info, in_dims, args)
 
 
 def _fold_vmap_backward(
     info: Any, in_dims: tuple[Any, ...], *args: Any
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     """vmap of undivided::backward."""
     return _vmap(_backward_op, 4, info, in_dims, args)
 
 
 def _vmap(
     operator: Any, first: int, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     """Fold the mapped axis into the batch; `first` is where the tensors of Inputs start.
 
     With a bias (its gradient is a sum over the batch of one example) or dropout (its bits depend on
@@ -265,7 +270,7 @@ def _vmap(
             for i in range(size)
         ]
         return tuple(torch.stack(outs) for outs in zip(*runs, strict=True)), (0,) * len(runs[0])
-    folded = []
+    folded: list[Tensor | None] = []
     for x, d in zip(args[:n_tensors], flat_dims, strict=True):
         if x is None:
             folded.append(None)
@@ -273,13 +278,13 @@ def _vmap(
         x = x.movedim(d, 0) if d is not None else x.expand(size, *x.shape)
         folded.append(x.reshape(-1, *x.shape[2:]))
     outs = operator(*folded, *args[n_tensors:])
-    return tuple(o.unflatten(0, (size, -1)) if o.ndim > 1 else o for o in outs), tuple(
-        0 if o.ndim > 1 else None for o in outs
-    )
+    mapped = [o.ndim > 1 for o in outs]  # a gradient nobody needs is empty and has one axis
+    results = tuple(o.unflatten(0, (size, -1)) if m else o for o, m in zip(outs, mapped, strict=True))
+    return results, tuple(0 if m else None for m in mapped)
 
 
 def _schema(types: type[Inputs] | type[AttentionSpec]) -> str:
-    annotations = {name: getattr(t, "__forward_arg__", t) for name, t in types.__annotations__.items()}
+    annotations = {name: str(getattr(t, "__forward_arg__", t)) for name, t in types.__annotations__.items()}
     return ", ".join(f"{_SCHEMA_TYPES[t]} {name}" for name, t in annotations.items())
 
 

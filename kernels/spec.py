@@ -19,7 +19,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class AttentionOptions(TypedDict, total=False):
-    """Keyword options shared by the public calls."""
+    """Keyword options shared by the public calls. (`want` decides what a call returns, and stands there.)"""
 
     causal: bool
     window: tuple[int | None, int | None] | None
@@ -31,7 +31,6 @@ class AttentionOptions(TypedDict, total=False):
     dropout_p: float
     seed: int | Tensor | None
     check: bool
-    want: Sequence[str] | None
     impl: str | None
 
 
@@ -46,7 +45,6 @@ DEFAULTS: AttentionOptions = {
     "dropout_p": 0.0,
     "seed": None,
     "check": False,
-    "want": None,
     "impl": None,
 }
 

@@ -99,17 +99,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
 
+        weights = None
         if need_weights:
-            options["want"] = ("lse",)
             if options["dropout_p"] > 0.0:  # weights and output must lose the same elements
                 options["seed"] = torch.randint(2**63 - 1, (), device=q.device)
-        result = attention(q, k, v, **options)
-        if isinstance(result, Tensor):
-            out, weights = result, None
+            out, lse = attention(q, k, v, want=("lse",), **options)
+            assert lse is not None
+            weights = attention_weights(q, k, lse, options, average=average_attn_weights)
         else:
-            assert result.lse is not None
-            out = result.out
-            weights = attention_weights(q, k, result.lse, options, average=average_attn_weights)
+            out = attention(q, k, v, **options)
 
         merged = out.transpose(1, 2).flatten(2)  # [N, L, embed_dim]
         if query.dim() == 2:

@@ -178,7 +178,7 @@ def test_signature_is_written_out() -> None:
     """**options alone would hide the options from help() and editors."""
     parameters = inspect.signature(attention).parameters
     assert list(parameters)[:3] == ["q", "k", "v"]
-    assert list(parameters)[3:] == list(spec.DEFAULTS)
+    assert list(parameters)[3:] == ["want", *spec.DEFAULTS]
     assert all(name in attention.__doc__ for name in parameters)
 
 
