@@ -54,7 +54,7 @@ class Oracle(NamedTuple):
 def solve(
     inputs: Inputs, spec: AttentionSpec, dout: Tensor | None = None, dlse: Tensor | None = None
 ) -> Oracle:
-    """The oracle of one problem. Gradients only with dout, (batch, heads_q, seqlen_q, head_dim_v).
+    """The oracle of one problem; dout and dlse, shaped like out and lse, are zeros if not given.
 
     With p the probabilities, D = keep/(1 - dropout_p) (1 without dropout), P = D·p:
 
@@ -74,56 +74,48 @@ def solve(
     """
     dtype = inputs.q.dtype
     exact = _double(inputs)
-    dout = None if dout is None else dout.double()
-    dlse = None if dlse is None else dlse.double()
+    rows, heads_kv = exact.q.shape[:3], exact.k.shape[1]
+    dout = exact.q.new_zeros(*rows, exact.v.shape[3]) if dout is None else dout.double()
+    dlse = exact.q.new_zeros(rows) if dlse is None else dlse.double()
     value = _answer(exact, spec, dout, dlse)
     assert value.lse is not None
-
+    ds = _score_gradient(exact, spec, dout, dlse)
     p, kept = _probabilities(exact, spec)
-    live_row = (value.lse > -torch.inf)[..., None]
-    live_key = _grouped(p, exact.k.shape[1]).gt(0).any(2)[..., None]
-    q = torch.where(live_row, exact.q, 0.0).abs()
-    k, v = (torch.where(live_key, x, 0.0) for x in (exact.k, exact.v))
-    group = q.shape[1] // max(k.shape[1], 1)
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
 
-    slope, level = _scores(torch.where(live_row, exact.q, 0.0), k, exact.bias, spec, dtype)
+    lse = value.lse[..., None]
+    q, dout, dlse, exponent = (
+        torch.where(lse > -torch.inf, x, 0.0) for x in (exact.q, dout, dlse[..., None], lse.abs())
+    )
+    group = rows[1] // max(heads_kv, 1)
+    seen = p.reshape(rows[0], heads_kv, group * rows[2], p.shape[-1]).gt(0).any(2)[..., None]
+    k, v = (torch.where(seen, x, 0.0).repeat_interleave(group, 1) for x in (exact.k, exact.v))
+
+    slope, level = _scores(q, k, exact.bias, spec, dtype)
     level = torch.where(p > 0, level, 0.0)
-    weight = torch.where(live_row, value.lse[..., None].abs(), 0.0)
-    weight = weight + (level.amax(-1, keepdim=True) if level.shape[-1] else 0.0)
-    k, v = k.abs(), v.abs()
-    visited, survived = (p > 0).double(), torch.where(p > 0, kept / p, 0.0)
+    weight = exponent + (level.amax(-1, keepdim=True) if level.shape[-1] else 0.0)
+    q, k, v, dout = q.abs(), k.abs(), v.abs(), dout.abs()
 
-    cond_out = kept @ v
-    cond = Results(cond_out, torch.ones_like(value.lse))
-    score_cond = Results(cond_out * weight, weight[..., 0])
-    underflow = Results(survived @ v, torch.zeros_like(weight[..., 0]))
-    if dout is None:
-        return Oracle(value, cond, score_cond, underflow, dtype)
+    def sums(kept: Tensor, scaled: Tensor, terms: Tensor) -> Results:
+        """out, dq, dk, dv and dbias, given what stands for P, dS·scale and dS in them."""
+        return Results(
+            out=kept @ v,
+            dq=scaled @ k,
+            dk=_over_group(scaled.mT @ q, heads_kv),
+            dv=_over_group(kept.mT @ dout, heads_kv),
+            dbias=None if exact.bias is None else terms.sum_to_size(exact.bias.shape),
+        )
 
-    grad = torch.where(live_row, dout, 0.0).abs()
-    grad_lse = torch.zeros_like(weight) if dlse is None else torch.where(live_row, dlse[..., None], 0.0).abs()
-    loose = (grad * cond_out).sum(-1, keepdim=True) + grad_lse
-    terms = _score_gradient(exact, spec, dout, dlse).abs() + p * loose
+    loose = (dout * (kept @ v)).sum(-1, keepdim=True) + dlse.abs()
+    terms = ds.abs() + p * loose
     scaled = abs(spec.scale) * slope * terms
-    heads_kv = exact.k.shape[1]
-
-    def gradients(scaled: Tensor, kept: Tensor, terms: Tensor) -> dict[str, Tensor | None]:
-        return {
-            "dq": scaled @ k,
-            "dk": _over_group(scaled.mT @ q, heads_kv),
-            "dv": _over_group(kept.mT @ grad, heads_kv),
-            "dbias": None if exact.bias is None else terms.sum_to_size(exact.bias.shape),
-        }
-
-    # whether the scale comes before or after the rounding of dS is the implementation's business
-    scaled_visits = max(abs(spec.scale), 1.0) * visited
+    visited, survived = (p > 0).double(), torch.where(p > 0, kept / p, 0.0)
     return Oracle(
         value,
-        cond._replace(**gradients(scaled, kept, terms)),
-        score_cond._replace(**gradients(scaled * weight, kept * weight, terms * weight)),
-        underflow._replace(**gradients(scaled_visits, survived, torch.zeros_like(terms))),
-        dtype,
+        cond=sums(kept, scaled, terms)._replace(lse=torch.ones_like(weight[..., 0])),
+        score_cond=sums(weight * kept, weight * scaled, weight * terms)._replace(lse=weight[..., 0]),
+        # whether the scale comes before or after the rounding of dS is the implementation's business
+        underflow=sums(survived, max(abs(spec.scale), 1.0) * visited, torch.zeros_like(terms)),
+        dtype=dtype,
     )
 
 
@@ -133,15 +125,12 @@ def _double(inputs: Inputs) -> Inputs:
     return inputs._replace(q=q, k=k, v=v, bias=bias)
 
 
-def _answer(inputs: Inputs, spec: AttentionSpec, dout: Tensor | None, dlse: Tensor | None) -> Results:
+def _answer(inputs: Inputs, spec: AttentionSpec, dout: Tensor, dlse: Tensor) -> Results:
     """The reference and its gradients."""
-    if dout is None:
-        return Results(*reference.attention(inputs, spec))
     leaves = [x.requires_grad_() for x in (*inputs[:3], inputs.bias) if x is not None]
     with torch.enable_grad():
         out, lse = reference.attention(inputs, spec)
-    roots, seeds = ((out,), (dout,)) if dlse is None else ((out, lse), (dout, dlse))
-    grads = torch.autograd.grad(roots, leaves, seeds)
+    grads = torch.autograd.grad((out, lse), leaves, (dout, dlse))
     for x in leaves:
         x.requires_grad_(False)
     return Results(out.detach(), lse.detach(), *grads)
@@ -156,7 +145,7 @@ def _probabilities(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]
     return before, reference.attention(reader, spec)[0]
 
 
-def _score_gradient(inputs: Inputs, spec: AttentionSpec, dout: Tensor, dlse: Tensor | None) -> Tensor:
+def _score_gradient(inputs: Inputs, spec: AttentionSpec, dout: Tensor, dlse: Tensor) -> Tensor:
     """p·(D·dp - delta + dlse): the gradient of a bias that gives every score its own element."""
     shape = (*inputs.q.shape[:3], inputs.k.shape[2])
     bias = dout.new_zeros(shape) if inputs.bias is None else inputs.bias.expand(shape).clone()
@@ -176,11 +165,6 @@ def _scores(
         slope = 1 - t2 + t2 * (ACCUMULATION_ROUNDOFF[dtype] / ROUNDOFF[dtype])
         level = (1 - t2) * level + spec.softcap * t2.sqrt()
     return slope, level if bias is None else level + bias.abs()
-
-
-def _grouped(x: Tensor, heads_kv: int) -> Tensor:
-    """Query heads and rows of one kv head along one axis: [batch, heads_kv, group * rows, cols]."""
-    return x.reshape(x.shape[0], heads_kv, -1, x.shape[-1]) if x.numel() else x[:, :heads_kv]
 
 
 def _over_group(x: Tensor, heads_kv: int) -> Tensor:
