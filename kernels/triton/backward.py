@@ -165,8 +165,8 @@ def backward_launches(
         tile = row("dbias")
         n_batches, n_heads, n_rows, n_cols = dbias.shape
         programs = n_batches * n_heads * -(-n_rows // tile.block_q) * -(-n_cols // tile.block_k)
-        outputs = (dbias, broadcast_strides(dbias), batch // n_batches, heads_q // n_heads, n_heads)
-        launches.append(launch(dbias_kernel, programs, outputs, tile))
+        target = (dbias, broadcast_strides(dbias), batch // n_batches, heads_q // n_heads, n_heads)
+        launches.append(launch(dbias_kernel, programs, target, tile))
     return gradients, launches
 
 

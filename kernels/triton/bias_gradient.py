@@ -105,18 +105,20 @@ def dbias_kernel(
                     offset_ptr + statistics, delta_ptr + statistics, row, seqlen_q, BLOCK_Q, True
                 )
                 q = tiles.load_rows(
-                    q_rows, q_strides, row, hidden_to, seqlen_q, BLOCK_Q, HEAD_DIM, True, False
+                    q_rows, q_strides, row, hidden_to, seqlen_q, BLOCK_Q, HEAD_DIM, True, False, False
                 )
                 dout = tiles.load_rows(
-                    dout_rows, dout_strides, row, hidden_to, seqlen_q, BLOCK_Q, HEAD_DIM_V, True, False
+                    dout_rows, dout_strides, row, hidden_to, seqlen_q, BLOCK_Q, HEAD_DIM_V, True, False, False
                 )
                 lo, _, _, hi = tiles.visible_keys(row, seqlen_q, n_keys, shift, left, right, BLOCK_Q, BLOCK_K)
                 start = tl.maximum(first_col, lo // BLOCK_K * BLOCK_K)
                 for col in tl.range(start, tl.minimum(stop_col, hi), BLOCK_K):
                     col = tl.multiple_of(col, BLOCK_K)
                     cols = col + tl.arange(0, BLOCK_K)[None, :]
-                    k = tiles.load_rows(k_rows, k_strides, col, lo, hi, BLOCK_K, HEAD_DIM, True, False)
-                    v = tiles.load_rows(v_rows, v_strides, col, lo, hi, BLOCK_K, HEAD_DIM_V, True, False)
+                    k = tiles.load_rows(k_rows, k_strides, col, lo, hi, BLOCK_K, HEAD_DIM, True, False, False)
+                    v = tiles.load_rows(
+                        v_rows, v_strides, col, lo, hi, BLOCK_K, HEAD_DIM_V, True, False, False
+                    )
                     mask = None
                     keep = None
                     if mask_ptr is not None:

@@ -49,7 +49,7 @@ _AMPERE: Mapping[Kernel, Mapping[int, TileConfig]] = {
     "dkdv": {
         64: TileConfig(64, 64, 8, 2),
         128: TileConfig(32, 64, 4, 2),
-        256: TileConfig(32, 64, 8, 1),
+        256: TileConfig(64, 64, 8, 1),
         512: TileConfig(16, 32, 8, 1),
     },
     "dq": {
@@ -60,7 +60,7 @@ _AMPERE: Mapping[Kernel, Mapping[int, TileConfig]] = {
     },
     "dbias": {
         64: TileConfig(64, 64, 4, 2),
-        128: TileConfig(64, 64, 8, 2),
+        128: TileConfig(32, 64, 4, 2),
         256: TileConfig(32, 64, 8, 1),
         512: TileConfig(16, 32, 8, 1),
     },
@@ -104,13 +104,13 @@ _HOPPER: Mapping[Kernel, Mapping[int, TileConfig]] = {
     "dkdv": {
         64: TileConfig(64, 128, 8, 2),
         128: TileConfig(64, 128, 8, 1),
-        256: TileConfig(64, 64, 8, 1),
+        256: TileConfig(64, 128, 8, 1),
         512: TileConfig(16, 32, 8, 1),
     },
     "dq": {
         64: TileConfig(128, 64, 4, 2),
         128: TileConfig(128, 64, 8, 2),
-        256: TileConfig(128, 64, 8, 1),
+        256: TileConfig(128, 32, 8, 2),
         512: TileConfig(32, 32, 8, 1),
     },
     "dbias": {

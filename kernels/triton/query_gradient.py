@@ -37,13 +37,14 @@ def _gather_from_keys(
     seed, last_dropped, kept_scale, plane = dropout
     batch, head, rows = where
     n_keys, shift, left, right, lo, full_lo, full_hi, hi = window
+    HOIST: tl.constexpr = max(HEAD_DIM, HEAD_DIM_V) <= 128
     for tile in tl.range(start // BLOCK_K, stop // BLOCK_K):
         if EDGE:
             tile = tl.where(tile < full_lo // BLOCK_K, tile, tile + (full_hi - full_lo) // BLOCK_K)
         first_col = tl.multiple_of(tile * BLOCK_K, BLOCK_K)
         cols = first_col + tl.arange(0, BLOCK_K)[None, :]
-        k = tiles.load_rows(k_rows, k_strides, first_col, lo, hi, BLOCK_K, HEAD_DIM, EDGE, False)
-        v = tiles.load_rows(v_rows, v_strides, first_col, lo, hi, BLOCK_K, HEAD_DIM_V, EDGE, False)
+        k = tiles.load_rows(k_rows, k_strides, first_col, lo, hi, BLOCK_K, HEAD_DIM, EDGE, False, HOIST)
+        v = tiles.load_rows(v_rows, v_strides, first_col, lo, hi, BLOCK_K, HEAD_DIM_V, EDGE, False, HOIST)
         mask = None
         bias = None
         keep = None
