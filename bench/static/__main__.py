@@ -76,8 +76,11 @@ def compile_all(cases: Sequence[tuple[str, Variant]], jobs: int) -> list[Row]:
         pending = {pool.submit(compile_variant, *case): case for case in cases}
         for done, future in enumerate(concurrent.futures.as_completed(pending), 1):
             architecture, variant = pending[future]
-            kernels = len(future.result())
-            print(f"[{done}/{len(cases)}] {architecture} {variant}: {kernels} kernels", file=sys.stderr)
+            made = future.result()
+            print(f"[{done}/{len(cases)}] {architecture} {variant}: {len(made)} kernels", file=sys.stderr)
+            for row in made:
+                for missed in failures(row):
+                    print(f"    {row.kernel}: {missed}", file=sys.stderr)
     return [row for future in pending for row in future.result()]
 
 

@@ -16,7 +16,7 @@ SLOTS = {
     ("sm_90", "forward", 64): 10.5,
     ("sm_90", "forward", 128): 8.7,
     ("sm_90", "forward", 256): 15.5,
-    ("sm_90", "dkdv", 64): 10.5,
+    ("sm_90", "dkdv", 64): 11.5,
     ("sm_90", "dkdv", 128): 12.0,
     ("sm_90", "dq", 64): 9.0,
     ("sm_90", "dq", 128): 9.0,
@@ -42,7 +42,7 @@ def failures(row: Row) -> Iterator[str]:
     if tuned and row.architecture in ("sm_80", "sm_90") and variant.head_dim in (64, 128):
         if figures.spills_in_loops:
             yield f"{figures.spills_in_loops} spills inside a loop"
-        if figures.spills > SPILLS_OUTSIDE_LOOPS:
+        if variant.options == "plain" and figures.spills > SPILLS_OUTSIDE_LOOPS:
             yield f"{figures.spills} spills, at most {SPILLS_OUTSIDE_LOOPS} outside loops"
     loop = figures.main_loop
     if variant.options != "plain" or loop is None or loop.slots is None:
