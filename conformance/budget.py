@@ -111,7 +111,7 @@ def _underflow(name: str, dtype: torch.dtype, expected: Tensor, oracle: Oracle) 
     """
     smallest = {torch.float16: 2.0**-24, torch.float64: 1e-300}
     eta = torch.full_like(expected, smallest.get(dtype, 1e-33))
-    if oracle.dtype == torch.float16 and name != "lse":
+    if oracle.dtype == torch.float16:
         eta = eta + 2.0**-25 * getattr(oracle.underflow, name)
     if name == "dbias" and ROUNDOFF[dtype] > ROUNDOFF[oracle.dtype]:
         eta = eta + ROUNDOFF[dtype] * expected.abs()

@@ -114,7 +114,9 @@ def solve(
         cond=sums(kept, scaled, terms)._replace(lse=torch.ones_like(weight[..., 0])),
         score_cond=sums(weight * kept, weight * scaled, weight * terms)._replace(lse=weight[..., 0]),
         # whether the scale comes before or after the rounding of dS is the implementation's business
-        underflow=sums(survived, max(abs(spec.scale), 1.0) * visited, torch.zeros_like(terms)),
+        underflow=sums(survived, max(abs(spec.scale), 1.0) * visited, 0 * terms)._replace(
+            lse=0 * dlse[..., 0]
+        ),
         dtype=dtype,
     )
 
