@@ -23,7 +23,7 @@ from ..kernels.spec import AttentionOptions
 from .static.absent_gpu import absent_gpu
 from .static.targets import TARGETS
 
-REPEATS, BATCH = 40, 25
+REPEATS, BATCH = 300, 3
 
 
 def main() -> None:
