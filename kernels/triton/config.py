@@ -205,6 +205,18 @@ CANDIDATES: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
 }
 
 
+# float32 as IEEE has it is multiplied on the ordinary cores, whose operands all lie in registers: any
+# larger tile spills by the hundred, on every architecture.
+FLOAT32: Mapping[Kernel, Mapping[int, TileConfig]] = {
+    "forward": {
+        64: TileConfig(64, 32, 8, 1),
+        128: TileConfig(32, 32, 8, 1),
+        256: TileConfig(16, 32, 8, 1),
+        512: TileConfig(16, 16, 8, 1),
+    },
+}
+
+
 @lru_cache(maxsize=256)
 def tile_config(
     kernel: Kernel, arch: str, head_dim: int, head_dim_v: int, dtype: torch.dtype, busy: bool = False
@@ -212,19 +224,22 @@ def tile_config(
     """The row for a kernel, or None where no tile fits (head_dim above 512).
 
     arch: as `architecture` names it; one that is not in the table gets the row of the GPU with the
-    least shared memory. float32 takes half the tile: its elements are twice as large. busy: as
-    `does_more_than_softmax` says.
+    least shared memory. float32 takes the rows of `FLOAT32`, or half the tile: its elements are twice
+    as large. busy: as `does_more_than_softmax` says.
     """
     if arch == "interpreter":
         return INTERPRETER
     rows = TABLE.get(arch, _CONSUMER)[kernel]
-    if busy:
+    own_rows = dtype == torch.float32 and kernel in FLOAT32
+    if own_rows:
+        rows = FLOAT32[kernel]
+    elif busy:
         rows = {**rows, **BUSY.get(arch, {}).get(kernel, {})}
     bucket = next((limit for limit in rows if max(head_dim, head_dim_v) <= limit), None)
     if bucket is None:
         return None
     row = rows[bucket]
-    if dtype != torch.float32:
+    if dtype != torch.float32 or own_rows:
         return row
     return replace(row, block_q=max(16, row.block_q // 2), block_k=max(16, row.block_k // 2), tma=False)
 
