@@ -205,8 +205,8 @@ CANDIDATES: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
 }
 
 
-# float32 as IEEE has it is multiplied on the ordinary cores, whose operands all lie in registers: any
-# larger tile spills by the hundred, on every architecture.
+# float32 as IEEE has it is multiplied on the ordinary cores, whose operands lie in registers: the larger
+# tiles that were compiled, for sm_90, spill by the hundred.
 FLOAT32: Mapping[Kernel, Mapping[int, TileConfig]] = {
     "forward": {
         64: TileConfig(64, 32, 8, 1),
