@@ -204,10 +204,10 @@ def _block(problem: _Problem, rows: slice, part: Part, q: Tensor) -> Block:
 def _keep(problem: _Problem, rows: slice, cols: slice) -> Tensor:
     inputs = problem.inputs
     batch, heads, _, _ = inputs.q.shape
-    row, col = (torch.arange(x.start, x.stop, device=inputs.q.device) for x in (rows, cols))
-    first_head = (problem.entries.start or 0) * heads
+    row, col = (range(x.start, x.stop) for x in (rows, cols))
+    first_plane = (problem.entries.start or 0) * heads
     assert inputs.seed is not None
-    return keep_mask(inputs.seed, problem.spec.dropout_p, batch, heads, row, col, first_head)
+    return keep_mask(inputs.seed, problem.spec.dropout_p, batch, heads, row, col, first_plane)
 
 
 def _seen(inputs: Inputs, spec: AttentionSpec, strips: tuple[Strip, ...]) -> Tensor:

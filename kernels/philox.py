@@ -21,26 +21,22 @@ def drop_threshold(dropout_p: float) -> int:
 
 
 def keep_mask(
-    seed: Tensor, dropout_p: float, batch: int, heads: int, rows: Tensor, cols: Tensor, first_head: int = 0
+    seed: Tensor, dropout_p: float, batch: int, heads: int, rows: range, cols: range, first_plane: int = 0
 ) -> Tensor:
-    """Which elements dropout keeps: bool, (batch, heads, len(rows), len(cols)).
+    """Which elements dropout keeps: bool, (batch, heads, len(rows), len(cols)), on the seed's device.
 
-    rows, cols: int64 positions within the sequence. Key: the 64-bit seed; counter:
-    (col // 4, row, batch·heads + head, 0); lane: col % 4; keep iff word >= round(p·2³²).
+    rows, cols: positions within the sequence. Key: the 64-bit seed; counter: (col // 4, row, plane, 0)
+    with plane = batch·heads + head counted from first_plane; lane: col % 4; keep iff
+    word >= round(p·2³²).
     """
-    blocks, inverse = torch.unique(cols // 4, return_inverse=True)
-    plane = torch.arange(first_head, first_head + batch * heads, device=rows.device).view(batch, heads, 1, 1)
-    shape = (batch, heads, rows.numel(), blocks.numel())
-    words = philox(
-        seed,
-        blocks.expand(shape),
-        rows[:, None].expand(shape),
-        plane.expand(shape),
-        torch.zeros((), dtype=torch.int64, device=rows.device).expand(shape),
-    )
-    lanes = torch.stack(words, dim=-1)[..., inverse, :]  # [batch, heads, rows, cols, 4]
-    index = (cols % 4)[:, None].expand(*lanes.shape[:-1], 1)
-    return lanes.gather(-1, index)[..., 0] >= drop_threshold(dropout_p)
+    device = seed.device
+    block = torch.arange(cols.start // 4, -(-cols.stop // 4), device=device)
+    row = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    plane = torch.arange(first_plane, first_plane + batch * heads, device=device).view(batch, heads, 1, 1)
+    counter = torch.broadcast_tensors(block, row, plane, block.new_zeros(()))
+    words = torch.stack(philox(seed, *counter), dim=-1).flatten(-2)  # [batch, heads, rows, 4 * blocks]
+    first = cols.start % 4
+    return words[..., first : first + len(cols)] >= drop_threshold(dropout_p)
 
 
 def philox(

@@ -57,7 +57,5 @@ def _dropout(p: Tensor, inputs: Inputs, spec: AttentionSpec) -> Tensor:
         return p * 0.0
     assert inputs.seed is not None
     batch, heads, seqlen_q, seqlen_k = p.shape
-    rows = torch.arange(seqlen_q, device=p.device)
-    cols = torch.arange(seqlen_k, device=p.device)
-    keep = keep_mask(inputs.seed, spec.dropout_p, batch, heads, rows, cols)
+    keep = keep_mask(inputs.seed, spec.dropout_p, batch, heads, range(seqlen_q), range(seqlen_k))
     return torch.where(keep, p / (1.0 - spec.dropout_p), 0.0)

@@ -60,9 +60,9 @@ def _weights(inputs: Inputs, lse: Tensor, spec: AttentionSpec, first: int, count
     if inputs.seed is None:
         return p
     batch, _, seqlen_q, seqlen_k = p.shape
-    rows, cols = torch.arange(seqlen_q, device=p.device), torch.arange(seqlen_k, device=p.device)
+    rows, cols = range(seqlen_q), range(seqlen_k)
     keep = [
-        keep_mask(inputs.seed, spec.dropout_p, 1, count, rows, cols, first_head=index * planes + first)
+        keep_mask(inputs.seed, spec.dropout_p, 1, count, rows, cols, first_plane=index * planes + first)
         for index in range(batch)
     ]
     return torch.where(torch.cat(keep), p / (1.0 - spec.dropout_p), 0.0)

@@ -52,8 +52,7 @@ def flash_model(problem: Problem, bug: str | None = None) -> Results:
     ok = torch.ones(shape, dtype=torch.bool) if ok is None else ok.expand(shape)
     survives = torch.ones(shape)
     if spec.dropout_p:
-        rows, cols = torch.arange(shape[2]), torch.arange(shape[3])
-        keep = keep_mask(inputs.seed, spec.dropout_p, *shape[:2], rows, cols)
+        keep = keep_mask(inputs.seed, spec.dropout_p, *shape[:2], range(shape[2]), range(shape[3]))
         survives = keep / (1 - spec.dropout_p)
 
     s = spec.scale * (q @ k.mT)

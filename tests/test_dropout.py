@@ -15,7 +15,7 @@ from torch import Tensor
 
 from undivided.conformance.cases import Case, Problem
 from undivided.conformance.check import evaluate, ours
-from undivided.kernels.philox import keep_mask
+from undivided.kernels.philox import keep_mask, philox
 
 IMPLEMENTATIONS = ["reference", "fallback", "triton"]
 
@@ -43,8 +43,8 @@ def masks(impl: str, problem: Problem, device: torch.device) -> tuple[Tensor, Te
 def true_mask(problem: Problem) -> Tensor:
     batch, heads, rows, _ = problem.q.shape
     seed = torch.tensor(problem.options["seed"])
-    cols = torch.arange(problem.k.shape[2])
-    return keep_mask(seed, problem.options["dropout_p"], batch, heads, torch.arange(rows), cols)
+    cols = range(problem.k.shape[2])
+    return keep_mask(seed, problem.options["dropout_p"], batch, heads, range(rows), cols)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -89,7 +89,7 @@ def assert_binomial(kept: Tensor, trials: int, keep: float, tests: int) -> None:
 def test_counts_are_binomial() -> None:
     """A biased generator, in total or in some head, row or column."""
     for dropout_p in (0.1, 0.5, 0.9):
-        keep = keep_mask(torch.tensor(3), dropout_p, 4, 4, torch.arange(256), torch.arange(256))
+        keep = keep_mask(torch.tensor(3), dropout_p, 4, 4, range(256), range(256))
         tests = 1 + 16 + 2 * 256
         assert_binomial(keep.sum(), keep.numel(), 1 - dropout_p, tests)
         assert_binomial(keep.sum((2, 3)), 256 * 256, 1 - dropout_p, tests)
@@ -99,13 +99,13 @@ def test_counts_are_binomial() -> None:
 
 def test_small_probabilities_are_not_quantised() -> None:
     """A threshold of 8 bits: p = 0.002 would drop 0.0039."""
-    keep = keep_mask(torch.tensor(3), 0.002, 4, 4, torch.arange(512), torch.arange(512))
+    keep = keep_mask(torch.tensor(3), 0.002, 4, 4, range(512), range(512))
     assert_binomial(keep.sum(), keep.numel(), 0.998, 1)
 
 
 def test_seeds_and_their_halves_are_independent() -> None:
     """A seed cut to 32 bits, or consecutive seeds that give shifted masks."""
-    rows, cols = torch.arange(128), torch.arange(128)
+    rows, cols = range(128), range(128)
     seeds = [0, 1, 2, 1 << 32, (1 << 32) + 1, -1]
     drawn = [keep_mask(torch.tensor(seed), 0.3, 1, 2, rows, cols) for seed in seeds]
     for a in range(len(drawn)):
@@ -141,3 +141,22 @@ def test_probability_one_is_zero(impl: str, device: torch.device) -> None:
     for x in (results.out, results.dq, results.dk, results.dv):
         assert torch.equal(x, torch.zeros_like(x))
     assert results.lse.isfinite().all()
+
+
+def test_philox_known_answers() -> None:
+    """The reference vectors of Random123 (Salmon et al. 2011): constants, rounds or lanes that are off."""
+
+    def words(seed: int, *counter: int) -> list[int]:
+        return [int(w) for w in philox(torch.tensor(seed), *(torch.tensor(c) for c in counter))]
+
+    ones = 0xFFFFFFFF
+    assert words(0, 0, 0, 0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert words(-1, ones, ones, ones, ones) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+def test_blocks_of_the_mask_fit_together() -> None:
+    """Columns counted from the start of a block, which need not be a multiple of four."""
+    seed = torch.tensor(11)
+    whole = keep_mask(seed, 0.4, 2, 3, range(9), range(30))
+    block = keep_mask(seed, 0.4, 1, 3, range(4, 9), range(7, 22), first_plane=3)
+    assert torch.equal(block, whole[1:, :, 4:9, 7:22])

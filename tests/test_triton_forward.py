@@ -140,8 +140,7 @@ def test_dropout_keeps_the_same_elements_as_philox(seed: int, dropout_p: float, 
     keep = torch.empty(16, 32, dtype=torch.int8, device=device)
     seed_tensor = torch.tensor(seed, device=device)
     _keep_kernel[(1,)](keep, seed_tensor, dropped_bits(dropout_p), 5, 7, 64, 16, 32)
-    rows, cols = torch.arange(7, 23, device=device), torch.arange(64, 96, device=device)
-    expected = philox.keep_mask(seed_tensor, dropout_p, 1, 1, rows, cols, first_head=5)
+    expected = philox.keep_mask(seed_tensor, dropout_p, 1, 1, range(7, 23), range(64, 96), first_plane=5)
     assert torch.equal(keep.bool(), expected[0, 0])
 
 
