@@ -24,6 +24,9 @@ SLOTS = {
     ("sm_80", "forward", 128): 16.5,
 }
 SPILLS_OUTSIDE_LOOPS = 32
+# Tiles were chosen by this version's register allocation and instruction counts. Under another one these
+# are shown and not judged; that kernels compile, fit and use the right matrix instructions always is.
+TUNED_WITH = "3.6."
 
 
 def failures(row: Row) -> Iterator[str]:
@@ -38,8 +41,9 @@ def failures(row: Row) -> Iterator[str]:
         return
     if figures.matrix != (target.matrix_instruction,):
         yield f"matrix instructions {figures.matrix}, must be {target.matrix_instruction} alone"
-    tuned = variant.options != "all"  # everything at once has to compile and fit
-    if tuned and row.architecture in ("sm_80", "sm_90") and variant.head_dim in (64, 128):
+    if not row.triton.startswith(TUNED_WITH) or variant.options == "all":  # all at once: it has to fit
+        return
+    if row.architecture in ("sm_80", "sm_90") and variant.head_dim in (64, 128):
         if figures.spills_in_loops:
             yield f"{figures.spills_in_loops} spills inside a loop"
         if variant.options == "plain" and figures.spills > SPILLS_OUTSIDE_LOOPS:

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import triton
+
 from .instructions import MATRIX, classify, product_of
 from .loops import hot_loops
 from .sass import Instruction, disassemble
@@ -67,6 +69,7 @@ class Row:
     variant: Variant
     figures: Figures | None
     error: str | None = None
+    triton: str = triton.__version__
 
 
 def figures(kernel: Any, target: Target, products: int | None = None, head_dim: int | None = None) -> Figures:
