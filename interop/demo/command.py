@@ -7,14 +7,15 @@ import importlib.util
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from . import models
-from .comparison import Neighbours, compare_neighbours, largest_difference, search
+from .comparison import compare_neighbours, largest_difference, search
+from .result import Hit, Result, Search
 from .sentences import FEWEST, DemoError, Sentences, read_sample, read_sentences
 
 if TYPE_CHECKING:
@@ -28,59 +29,6 @@ SAMPLE_QUERIES = (
     "protecting data against hackers",
 )
 HITS = 3
-
-
-@dataclass
-class Hit:
-    """One search result: the sentence's index, and its similarity to the query by either attention."""
-
-    index: int
-    stock: float
-    ours: float
-
-
-@dataclass
-class Search:
-    """A query and its nearest sentences, best first, by either attention."""
-
-    query: str
-    stock: list[Hit]
-    ours: list[Hit]
-
-
-@dataclass
-class Result:
-    """Everything the demo found out; `--json` writes it."""
-
-    model: str
-    description: str
-    source: str
-    device: str
-    dtype: str
-    threads: int
-    sentences: int
-    tokens: int
-    batches: int
-    layers: int
-    passes: int
-    stock: str
-    implementation: str
-    evidence: str
-    calls: int
-    stock_sentences_per_second: float
-    sentences_per_second: float
-    stock_peak_bytes: int | None
-    peak_bytes: int | None
-    largest_difference: float
-    difference_limit: float
-    neighbours: Neighbours
-    searches: list[Search]
-
-    @property
-    def passed(self) -> bool:
-        """Ours ran, its embeddings are the stock ones up to rounding, and no neighbour changed."""
-        same = self.largest_difference <= self.difference_limit and self.neighbours.disagree == 0
-        return same and self.calls > 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

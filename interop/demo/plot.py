@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .result import Result
 from .sentences import Sentences
-
-if TYPE_CHECKING:
-    from .command import Result
 
 STOCK, OURS, INK = "#a9b4c2", "#2a6f97", "#2b2d42"
 EQUAL = 1e-9  # where differences of 0 stand on a logarithmic axis

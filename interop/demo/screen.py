@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from rich import box
@@ -16,10 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .models import Encoder
+from .result import Hit, Result, Search
 from .sentences import Sentences
-
-if TYPE_CHECKING:
-    from .command import Hit, Result, Search
 
 
 class Screen:
