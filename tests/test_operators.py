@@ -37,9 +37,7 @@ def gradients(call: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ..
     return torch.autograd.grad(call(*tensors).sin().sum(), tensors)
 
 
-@pytest.mark.parametrize(
-    ("impl", "layout"), [("fallback", "BHSD"), ("fallback", "BSHD"), ("triton", "BSHD")]
-)
+@pytest.mark.parametrize(("impl", "layout"), [("fallback", "BHSD"), ("fallback", "BSHD"), ("triton", "BSHD")])
 def test_opcheck(impl: str, layout: str) -> None:
     """Fakes that lie about shapes or strides, mutated inputs, results that alias inputs."""
     q, k, v = (torch.randn(2, h, s, d) for h, s, d in ((4, 5, 16), (2, 7, 16), (2, 7, 8)))
