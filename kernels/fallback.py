@@ -25,7 +25,7 @@ Engine = type[FlashEngine] | type[MatmulEngine]
 def attention_forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """(out, lse) of validated inputs, as `reference.attention` defines them.
 
-    16-bit inputs are computed in float32 and rounded once.
+    16-bit inputs are computed in float32 and rounded once, except where `FlashEngine.stays_narrow`.
     """
     q, v = inputs.q, inputs.v
     engine: Engine = FlashEngine if FlashEngine.takes(inputs, spec) else MatmulEngine
@@ -168,8 +168,10 @@ def _by_length(inputs: Inputs) -> Iterator[tuple[slice, Inputs, int]]:
 
 
 def _forward_strip(problem: _Problem, engine: Engine, strip: Strip) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the rows of a strip, in wide dtype."""
+    """(out, lse) of the rows of a strip."""
     q = problem.inputs.q[:, :, strip.rows]
+    if len(strip.parts) == 1 and engine is FlashEngine and engine.stays_narrow(problem.inputs, problem.spec):
+        return engine.forward(_block(problem, strip.rows, strip.parts[0], q, q.dtype), problem.spec)
     out, lse = engine.forward(_block(problem, strip.rows, strip.parts[0], q), problem.spec)
     for part in strip.parts[1:]:
         out, lse = _merge(out, lse, *engine.forward(_block(problem, strip.rows, part, q), problem.spec))
@@ -183,15 +185,15 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
     return torch.lerp(out_a, out_b, share[..., None]), lse
 
 
-def _block(problem: _Problem, rows: slice, part: Part, q: Tensor) -> Block:
-    """Cut a block out of a problem and widen it; q holds its rows already."""
+def _block(problem: _Problem, rows: slice, part: Part, q: Tensor, dtype: torch.dtype | None = None) -> Block:
+    """Cut a block out of a problem, in dtype or widened; q holds its rows already."""
     inputs, spec = problem.inputs, problem.spec
-    wide, cols = _wide(q), part.cols
-    k, v = (x[:, :, cols].to(wide) for x in (inputs.k, inputs.v))
+    dtype, cols = dtype or _wide(q), part.cols
+    k, v = (x[:, :, cols].to(dtype) for x in (inputs.k, inputs.v))
     if problem.seen is not None:
         k, v = (torch.where(problem.seen[:, :, cols], x, 0.0) for x in (k, v))
     return Block(
-        q.to(wide),
+        q.to(dtype),
         k,
         v,
         visible(inputs, spec, rows, cols) if part.visible == "some" else None,

@@ -21,7 +21,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class Block(NamedTuple):
-    """Query rows and keys that meet, in wide dtype.
+    """Query rows and keys that meet, in wide dtype unless `FlashEngine.stays_narrow`.
 
     q: (batch, heads_q, rows, head_dim); k, v: (batch, heads_kv, cols, ...). visible: bool, bias: any
     float, keep (dropout): bool, each broadcasting to (batch, heads_q, rows, cols) or None.
@@ -59,8 +59,10 @@ class BlockGradients(NamedTuple):
 
 
 class FlashEngine:
-    """PyTorch's CPU flash attention. Its 16-bit arithmetic is not used: it sums dk and dv in 16 bits,
-    and its lse was seen to be off by 5e-5."""
+    """PyTorch's CPU flash attention, most often in float32.
+
+    In 16 bits it rounds P, sums dk and dv in 16 bits, and its lse was seen to be off by 5e-5.
+    """
 
     @staticmethod
     def takes_whole(inputs: Inputs, spec: AttentionSpec) -> bool:
@@ -75,6 +77,15 @@ class FlashEngine:
             and (q.element_size() > 2 or q.shape[2] > _FEW_ROWS or k.shape[2] <= _FEW_COLS)
             and not _stacks(q, k)
         )
+
+    @staticmethod
+    def stays_narrow(inputs: Inputs, spec: AttentionSpec) -> bool:
+        """Whether 16-bit operands are used as they are: few rows, of which only out matters.
+
+        Decoding waits for memory; a conversion of all keys to float32 would take longer than the rest.
+        """
+        q = inputs.q
+        return not spec.lse and q.element_size() == 2 and q.shape[2] <= _FEW_ROWS and inputs.bias is None
 
     @staticmethod
     def takes(inputs: Inputs, spec: AttentionSpec) -> bool:
@@ -93,7 +104,7 @@ class FlashEngine:
         rows = _MASK_ELEMENTS // (_planes(inputs.mask, inputs.bias) * k.shape[2])
         rows = max(32, rows if spec.left is None else min(rows, 128))
         cols = k.shape[2]
-        if few and q.element_size() == 2:
+        if few and q.element_size() == 2 and not FlashEngine.stays_narrow(inputs, spec):
             # few rows wait for the conversion of keys to float32: do it in slices that stay in the cache
             cols = max(64, _CONVERTED_ELEMENTS // (k.shape[0] * k.shape[1] * k.shape[3]))
         return Limits(rows, cols, whole=inputs.bias is None and not _stacks(q, k))

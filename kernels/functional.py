@@ -99,7 +99,7 @@ def attention(
     """
     check_want(want)
     inputs, spec = prepare(q, k, v, options)
-    out, lse = _run(inputs, spec, options.get("impl"))
+    out, lse = _run(inputs, spec._replace(lse=want is not None), options.get("impl"))
     if want is None:
         return out
     return AttentionStats(out, lse if "lse" in want else None)
@@ -139,7 +139,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         options["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
     inputs, spec = prepare(q, k, v, options, top_left=True)
-    out, _ = _run(inputs, spec, None)
+    out, _ = _run(inputs, spec._replace(lse=False), None)
     return out if query.ndim == 4 and len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
 

@@ -71,7 +71,8 @@ class AttentionSpec(NamedTuple):
     """Everything about a call that is not a tensor.
 
     A query at position p sees keys p - left ... p + right, both ends included; None = unbounded.
-    The position of query i is i + (seqlen_k - seqlen_q), or i with `top_left`.
+    The position of query i is i + (seqlen_k - seqlen_q), or i with `top_left`. Without `lse` nobody
+    will read lse, so an implementation may leave it rough; backward reads it.
     """
 
     scale: float
@@ -81,6 +82,7 @@ class AttentionSpec(NamedTuple):
     softcap: float | None = None
     dropout_p: float = 0.0
     tf32: bool = False
+    lse: bool = True
 
     def shift(self, seqlen_q: int, seqlen_k: int) -> int:
         """Position of query 0 on the axis of keys."""

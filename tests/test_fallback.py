@@ -10,13 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from undivided import attention
 from undivided.conformance.budget import assert_within_budget
 from undivided.conformance.cases import Case, Extra
 from undivided.conformance.check import evaluate, expected, ours
-from undivided.kernels import fallback, fallback_blocks
+from undivided.conformance.oracle import Results, solve
+from undivided.kernels import fallback, fallback_blocks, functional
 from undivided.kernels.fallback_plan import Limits, plan
 from undivided.kernels.masks import visible
-from undivided.kernels.spec import AttentionSpec, Inputs
+from undivided.kernels.spec import AttentionOptions, AttentionSpec, Inputs
 
 SIDE = st.none() | st.integers(0, 25)
 CPU = torch.device("cpu")
@@ -164,3 +166,19 @@ def test_memory_is_linear(options: str) -> None:
     command = [sys.executable, "-c", program]
     finished = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert int(finished.stdout) < 200 * 1024, f"{finished.stdout} KiB more at the peak"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": (40, 0)}, {"causal": True}], ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_narrow_decoding_is_as_good_as_a_kernel(
+    rows: int, options: AttentionOptions, dtype: torch.dtype
+) -> None:
+    """Without lse few rows are computed in 16 bits: P may be rounded, scores may not."""
+    q, k, v = (torch.randn(2, h, s, 64, dtype=dtype) for h, s in ((8, rows), (2, 700), (2, 700)))
+    inputs, spec = functional.prepare(q, k, v, options)
+    out = attention(q, k, v, **options)
+    assert_within_budget(Results(out), solve(inputs, spec), "kernel")
+    precise = attention(q, k, v, want=("lse",), **options)
+    assert precise.lse is not None
+    assert_within_budget(Results(precise.out, precise.lse), solve(inputs, spec), "wide")
