@@ -6,7 +6,6 @@ Each one validates, turns its arguments into `Inputs` and `AttentionSpec`, and h
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -98,8 +97,8 @@ def attention(
         NotImplementedError: impl= names an implementation that cannot take the call; lists every reason.
     """
     check_want(want)
-    inputs, spec = prepare(q, k, v, options)
-    out, lse = _run(inputs, spec._replace(lse=want is not None), options.get("impl"))
+    inputs, spec = prepare(q, k, v, options, lse=want is not None)
+    out, lse = _run(inputs, spec, options.get("impl"))
     if want is None:
         return out
     return AttentionStats(out, lse if "lse" in want else None)
@@ -138,13 +137,13 @@ def scaled_dot_product_attention(
     options: AttentionOptions = {"causal": is_causal, "dropout_p": dropout_p, "scale": scale}
     if attn_mask is not None:
         options["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
-    inputs, spec = prepare(q, k, v, options, top_left=True)
-    out, _ = _run(inputs, spec._replace(lse=False), None)
+    inputs, spec = prepare(q, k, v, options, top_left=True, lse=False)
+    out, _ = _run(inputs, spec, None)
     return out if query.ndim == 4 and len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
 
 def prepare(
-    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *, top_left: bool = False
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *, top_left: bool = False, lse: bool = True
 ) -> tuple[Inputs, AttentionSpec]:
     """Validate a call and turn it into what implementations see; q, k, v as autocast wants them."""
     filled: AttentionOptions = {**DEFAULTS, **options}
@@ -160,14 +159,15 @@ def prepare(
         )
     inputs = make_inputs(q, k, v, filled)
     tf32 = q.dtype == torch.float32 and q.device.type == "cuda" and _tf32_allowed()
-    return inputs, make_spec(q.shape[-1], filled, top_left=top_left, tf32=tf32)
+    return inputs, make_spec(q.shape[-1], filled, top_left=top_left, tf32=tf32, lse=lse)
 
 
 def _run(inputs: Inputs, spec: AttentionSpec, impl: str | None) -> tuple[Tensor, Tensor]:
     impl = dispatch.choose(impl, inputs, spec)
     device_type = inputs.q.device.type
-    active = _autocast_dtype(device_type) is not None
-    with torch.autocast(device_type, enabled=False) if active else contextlib.nullcontext():
+    if _autocast_dtype(device_type) is None:
+        return dispatch.run(inputs, spec, impl)
+    with torch.autocast(device_type, enabled=False):
         return dispatch.run(inputs, spec, impl)
 
 

@@ -228,6 +228,7 @@ def _say_if_untried(device: torch.device) -> None:
         )
 
 
+@functools.cache
 def _implementation(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __package__)
 

@@ -154,7 +154,9 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
     return Inputs(q, k, v, bias, mask, key_lengths, _make_seed(q, options))
 
 
-def make_spec(head_dim: int, options: AttentionOptions, *, top_left: bool, tf32: bool) -> AttentionSpec:
+def make_spec(
+    head_dim: int, options: AttentionOptions, *, top_left: bool, tf32: bool, lse: bool = True
+) -> AttentionSpec:
     """Check the options that are no tensors, and resolve their defaults.
 
     Raises:
@@ -183,6 +185,7 @@ def make_spec(head_dim: int, options: AttentionOptions, *, top_left: bool, tf32:
         None if softcap is None else float(softcap),
         float(dropout_p),
         tf32,
+        lse,
     )
 
 
