@@ -169,7 +169,7 @@ _AMPERE_BUSY: Mapping[Kernel, Mapping[int, TileConfig]] = {
         512: TileConfig(16, 16, 4, 1),
     },
     "dkdv": {64: TileConfig(32, 64, 8, 1), 128: TileConfig(32, 64, 8, 1)},
-    "dq": {64: TileConfig(64, 32, 8, 1), 128: TileConfig(64, 32, 8, 1)},
+    "dq": {64: TileConfig(32, 32, 4, 1), 128: TileConfig(64, 32, 8, 1)},
 }
 _HOPPER_BUSY: Mapping[Kernel, Mapping[int, TileConfig]] = {
     "forward": {
