@@ -120,9 +120,9 @@ def _whole_block(inputs: Inputs, spec: AttentionSpec, engine: Engine) -> Block |
     if engine is not FlashEngine or not FlashEngine.takes_whole(inputs, spec):
         return None
     q, k, v = inputs[:3]
-    if q.element_size() == 2:
+    if q.element_size() == 2 and not FlashEngine.stays_narrow(inputs, spec):
         q, k, v = q.float(), k.float(), v.float()
-    return Block(q, k, v, causal=spec.right is not None)
+    return Block(q, k, v, causal=FlashEngine.is_causal(inputs, spec))
 
 
 def _problems(

@@ -73,10 +73,19 @@ class FlashEngine:
             and mask is None
             and key_lengths is None
             and spec.left is None
-            and (spec.right is None or (spec.right == 0 and q.shape[2] == k.shape[2]))
-            and (q.element_size() > 2 or q.shape[2] > _FEW_ROWS or k.shape[2] <= _FEW_COLS)
-            and not _stacks(q, k)
+            and (spec.right is None or FlashEngine.is_causal(inputs, spec) or _last_row_only(q, spec))
+            and (
+                q.element_size() > 2
+                or q.shape[2] > _FEW_ROWS
+                or k.shape[2] <= _FEW_COLS
+                or FlashEngine.stays_narrow(inputs, spec)
+            )
         )
+
+    @staticmethod
+    def is_causal(inputs: Inputs, spec: AttentionSpec) -> bool:
+        """Whether the operator's own causal mask, row r sees columns 0 ... r, is the right bound."""
+        return spec.right == 0 and inputs.q.shape[2] == inputs.k.shape[2]
 
     @staticmethod
     def stays_narrow(inputs: Inputs, spec: AttentionSpec) -> bool:
@@ -208,6 +217,11 @@ _CONVERTED_ELEMENTS = 2**18
 def _stacks(q: Tensor, k: Tensor) -> bool:
     """Whether the heads of a group are worth stacking into rows."""
     return q.shape[1] != k.shape[1] and q.shape[2] <= _FEW_ROWS
+
+
+def _last_row_only(q: Tensor, spec: AttentionSpec) -> bool:
+    """Whether the only query is the last one, which has no key to its right."""
+    return q.shape[2] == 1 and not spec.top_left
 
 
 def _planes(*tensors: Tensor | None) -> int:
