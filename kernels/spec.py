@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
     q: (batch, heads_q, seqlen_q, head_dim); k: (batch, heads_kv, seqlen_k, head_dim);
     v: (batch, heads_kv, seqlen_k, head_dim_v). Any strides.
     bias: float; mask: bool, True = may attend; both 4-D, each axis either 1 or its full size, so
-    that nothing broadcast is ever stored. key_lengths: int32 (batch,). seed: int64 scalar tensor.
+    that nothing broadcast is ever stored. key_lengths: int32 (batch,), dense. seed: int64 scalar tensor.
     """
 
     q: Tensor
@@ -150,7 +150,7 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
             )
         if options["check"]:
             _check_lengths(key_lengths, seqlen_k)
-        key_lengths = key_lengths.clamp(0, seqlen_k).to(torch.int32).expand(batch)
+        key_lengths = key_lengths.clamp(0, seqlen_k).to(torch.int32).expand(batch).contiguous()
     return Inputs(q, k, v, bias, mask, key_lengths, _make_seed(q, options))
 
 

@@ -252,6 +252,18 @@ def test_batch_of_one_broadcasts_without_a_copy(monkeypatch: pytest.MonkeyPatch)
     assert k.grad.shape == k.shape
 
 
+@pytest.mark.parametrize("impl", ["fallback", "triton"])
+def test_one_length_for_the_whole_batch(impl: str) -> None:
+    """Expanded with stride 0 and read as if dense, the second entry's length would lie outside."""
+    q, k = torch.randn(3, 4, 5, 16), torch.randn(3, 2, 40, 16)
+    one = attention(q, k, k, key_lengths=torch.tensor([21]), impl=impl)
+    each = attention(q, k, k, key_lengths=torch.tensor([21, 21, 21]), impl=impl)
+    assert torch.equal(one, each)
+    inputs, _ = functional.prepare(q, k, k, {"key_lengths": torch.tensor([21, 7, 9])[:1]})
+    assert inputs.key_lengths is not None
+    assert inputs.key_lengths.is_contiguous()
+
+
 def test_visible_scores_counts_what_the_element_mask_shows() -> None:
     for seqlen_q, seqlen_k in ((1, 1), (5, 7), (7, 5), (9, 3)):
         for left in (None, 0, 1, 20):

@@ -118,19 +118,6 @@ def test_dlse_may_be_absent_or_expanded(device: torch.device) -> None:
     assert_same(backward(problem._replace(dlse=None)), backward(problem._replace(dlse=zeros)))
 
 
-def test_one_length_for_the_whole_batch(device: torch.device) -> None:
-    """Lengths expanded by stride 0 read as if they were dense: the second entry's lies outside."""
-    problem = Case("length", batch=2, key_lengths=(21,)).build(SINGLE, device)
-    inputs, spec = problem.prepared()
-    out, lse = attention_forward(inputs, spec)
-    lone = torch.tensor([21, 7], dtype=torch.int32, device=device)[:1].expand(2)
-    given, expanded = (
-        attention_backward(problem.dout, problem.dlse, out, lse, x, spec, EVERYTHING)
-        for x in (inputs, inputs._replace(key_lengths=lone))
-    )
-    assert_same(given, expanded)
-
-
 def launches(problem: Problem, needs: tuple[bool, bool, bool, bool]) -> list[str]:
     inputs, spec = problem.prepared()
     out, lse = attention_forward(inputs, spec)
