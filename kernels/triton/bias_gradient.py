@@ -101,9 +101,8 @@ def dbias_kernel(
             for row in tl.range(first_row, stop_row, BLOCK_Q):
                 row = tl.multiple_of(row, BLOCK_Q)
                 rows = tiles.row_numbers(row, seqlen_q, BLOCK_Q)[:, None]
-                offset, delta, hidden_to = tiles.row_statistics(
-                    offset_ptr + statistics, delta_ptr + statistics, row, seqlen_q, BLOCK_Q, True
-                )
+                offset, hidden_to = tiles.row_offsets(offset_ptr + statistics, row, seqlen_q, BLOCK_Q, True)
+                delta = tl.load(delta_ptr + statistics + row + tl.arange(0, BLOCK_Q))
                 q = tiles.load_rows(
                     q_rows, q_strides, row, hidden_to, seqlen_q, BLOCK_Q, HEAD_DIM, True, False, False
                 )

@@ -103,7 +103,7 @@ _HOPPER: Mapping[Kernel, Mapping[int, TileConfig]] = {
     },
     "dkdv": {
         64: TileConfig(64, 128, 8, 2),
-        128: TileConfig(64, 128, 8, 1),
+        128: TileConfig(64, 128, 8, 2),
         256: TileConfig(64, 128, 8, 1),
         512: TileConfig(16, 32, 8, 1),
     },
@@ -214,6 +214,8 @@ FLOAT32: Mapping[Kernel, Mapping[int, TileConfig]] = {
         256: TileConfig(16, 32, 8, 1),
         512: TileConfig(16, 16, 8, 1),
     },
+    "dkdv": {64: TileConfig(32, 32, 8, 1), 128: TileConfig(16, 32, 8, 1)},
+    "dq": {64: TileConfig(64, 32, 8, 1), 128: TileConfig(32, 16, 8, 1)},
 }
 
 
@@ -230,17 +232,16 @@ def tile_config(
     if arch == "interpreter":
         return INTERPRETER
     rows = TABLE.get(arch, _CONSUMER)[kernel]
-    own_rows = dtype == torch.float32 and kernel in FLOAT32
-    if own_rows:
-        rows = FLOAT32[kernel]
-    elif busy:
+    if busy:
         rows = {**rows, **BUSY.get(arch, {}).get(kernel, {})}
     bucket = next((limit for limit in rows if max(head_dim, head_dim_v) <= limit), None)
     if bucket is None:
         return None
     row = rows[bucket]
-    if dtype != torch.float32 or own_rows:
+    if dtype != torch.float32:
         return row
+    if bucket in FLOAT32.get(kernel, {}):
+        return FLOAT32[kernel][bucket]
     return replace(row, block_q=max(16, row.block_q // 2), block_k=max(16, row.block_k // 2), tma=False)
 
 

@@ -53,9 +53,7 @@ def _gather_from_queries(
         first_row = tl.multiple_of(tile * BLOCK_Q, BLOCK_Q)
         index = first_row + tl.arange(0, BLOCK_Q)[None, :]
         rows = tiles.row_numbers(first_row, seqlen_q, BLOCK_Q)[None, :]
-        offset, delta, hidden_to = tiles.row_statistics(
-            offset_ptr, delta_ptr, first_row, seqlen_q, BLOCK_Q, MAY_BE_EMPTY
-        )
+        offset, hidden_to = tiles.row_offsets(offset_ptr, first_row, seqlen_q, BLOCK_Q, MAY_BE_EMPTY)
         q = tiles.load_rows(
             q_rows, q_strides, first_row, hidden_to, seqlen_q, BLOCK_Q, HEAD_DIM, MAY_BE_EMPTY, False, False
         )
@@ -82,6 +80,8 @@ def _gather_from_queries(
             dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
         if dk_ptr is not None:
             dp = tiles.dropped(tl.dot(v, dout.T, input_precision=PRECISION), keep, kept_scale)
+            # Loaded here, next to its use: from the top on it would occupy 16 registers.
+            delta = tl.load(delta_ptr + first_row + tl.arange(0, BLOCK_Q))
             ds = p * (dp - delta[None, :])
             if softcap is not None:
                 ds *= tiles.softcap_slope(dots, scale, softcap)

@@ -126,9 +126,8 @@ def dq_kernel(
     q = tiles.load_rows(q_rows, q_strides, first_row, 0, seqlen_q, BLOCK_Q, HEAD_DIM, True, False)
     dout = tiles.load_rows(dout_rows, dout_strides, first_row, 0, seqlen_q, BLOCK_Q, HEAD_DIM_V, True, False)
     statistics = tiles.statistics_of(plane, seqlen_q)
-    offset, delta, _ = tiles.row_statistics(
-        offset_ptr + statistics, delta_ptr + statistics, first_row, seqlen_q, BLOCK_Q, True
-    )
+    offset, _ = tiles.row_offsets(offset_ptr + statistics, first_row, seqlen_q, BLOCK_Q, False)
+    delta = tl.load(delta_ptr + statistics + first_row + tl.arange(0, BLOCK_Q))
     unit = tiles.score_unit(scale, softcap, bias_ptr)
     k_rows = tiles.rows_of_head(k_ptr, k_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM, False)
     v_rows = tiles.rows_of_head(v_ptr, v_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM_V, False)

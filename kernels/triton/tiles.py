@@ -49,6 +49,15 @@ def rows_of_head(
 
 
 @triton.jit
+def unsigned(x):
+    """A position or stride in 64 bits. Neither is negative: no register has to hold their sign."""
+    x = x + tl.zeros([], tl.int32)  # a stride of 1 is a constant and has no type
+    if x.dtype == tl.int32:
+        x = x.to(tl.uint32)
+    return x.to(tl.int64)
+
+
+@triton.jit
 def load_rows(
     source,
     strides,
@@ -78,7 +87,11 @@ def load_rows(
             ptr = source + first.to(tl.int64) * strides[2]
             ptr = ptr + (index.to(tl.int64)[:, None] * strides[2] + dims.to(tl.int64)[None, :] * strides[3])
         else:
-            ptr = source + rows.to(tl.int64) * strides[2] + dims.to(tl.int64)[None, :] * strides[3]
+            ptr = (
+                source
+                + unsigned(rows) * unsigned(strides[2])
+                + unsigned(dims)[None, :] * unsigned(strides[3])
+            )
         if EDGE and PADDED != HEAD_DIM:
             return tl.load(ptr, mask=(rows >= lo) & (rows < hi) & (dims[None, :] < HEAD_DIM), other=0.0)
         elif EDGE:
@@ -395,10 +408,9 @@ def element_mask_of_keys(rows, cols, n_keys, shift, left, right, mask, EDGE: tl.
     rows may run past the end: their p vanishes, since they have an lse offset of +inf.
     """
     if EDGE:
-        first = tl.zeros_like(cols)
-        if right is not None:
-            first = cols - (shift + right)
-        ok = rows >= tl.where(cols < n_keys, first, 2147483647)
+        ok = cols < n_keys
+        if right is not None:  # one comparison per score instead of two
+            ok = rows >= tl.where(ok, cols - (shift + right), 2147483647)
         if left is not None:
             ok = ok & (rows <= cols - (shift - left))
         if mask is not None:
@@ -416,17 +428,13 @@ def statistics_of(plane, seqlen_q):
 
 
 @triton.jit
-def row_statistics(
-    offset_ptr, delta_ptr, first_row, seqlen_q, BLOCK_Q: tl.constexpr, MAY_BE_EMPTY: tl.constexpr
-):
-    """(lse offset, delta, lo) of BLOCK_Q query rows; lo is what `load_rows` takes for their q and dout.
+def row_offsets(offset_ptr, first_row, seqlen_q, BLOCK_Q: tl.constexpr, MAY_BE_EMPTY: tl.constexpr):
+    """(lse offset, lo) of BLOCK_Q query rows; lo is what `load_rows` takes for their q and dout.
 
     Rows that are empty or past the end have offset +inf, and a lo that keeps them from being loaded.
     """
-    index = tl.arange(0, BLOCK_Q)
-    offset = tl.load(offset_ptr + first_row + index)
-    delta = tl.load(delta_ptr + first_row + index)
+    offset = tl.load(offset_ptr + first_row + tl.arange(0, BLOCK_Q))
     if MAY_BE_EMPTY:
-        return offset, delta, tl.where(offset == float("inf"), seqlen_q, 0)[:, None]
+        return offset, tl.where(offset == float("inf"), seqlen_q, 0)[:, None]
     else:
-        return offset, delta, 0
+        return offset, 0
