@@ -1,4 +1,4 @@
-"""A kernel with everything it is about to be called with: run it, or compile it for a GPU elsewhere."""
+"""A kernel with everything it is about to be called with: run it, or ask what such a call compiles."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import BaseBackend, GPUTarget
-from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from ..masks import key_bounds
@@ -42,20 +42,6 @@ class Launch(NamedTuple):
         else:
             with torch.cuda.device(device):
                 self.kernel[(self.programs,)](*self.arguments, **self.constants, **self.options())
-
-    def compile(self, target: GPUTarget) -> CompiledKernel:
-        """Compile for a GPU that need not be there; meta tensors will do as arguments.
-
-        The arguments are specialised by the same rules as at a call (16-byte alignment, stride 1,
-        None), so this is the binary that a call with them runs:
-        `launch.compile(GPUTarget("cuda", 90, 32)).asm["cubin"]`.
-        """
-        backend, bound, specialization, options = self.specialise(target)
-        packed, signature, constants, attributes = self.kernel._pack_args(
-            backend, self.constants | self.options() | {"debug": False}, bound, specialization, options
-        )
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=packed.__dict__)
 
     def specialise(self, target: GPUTarget) -> tuple[BaseBackend, dict[str, Any], list[Any], dict[str, Any]]:
         """What a call compiles for: (backend, arguments by name, specialization, options).
