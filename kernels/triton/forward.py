@@ -52,6 +52,7 @@ def _attend(
     seed, last_dropped, plane = dropout
     batch, head, rows = where
     lo, hi, n_keys, shift, left, right = window
+    HOIST: tl.constexpr = BLOCK_K < 128  # offsets of more keys would be registers that spill
     # Counting tiles, not keys, shows the compiler that start is a multiple of BLOCK_K.
     for tile in tl.range(first // BLOCK_K, tl.cdiv(stop, BLOCK_K), warp_specialize=WARP_SPECIALIZE):
         start = tile * BLOCK_K
@@ -60,15 +61,15 @@ def _attend(
         bias = None
         if mask_ptr is not None:
             mask = tiles.load_pairs(mask_ptr, mask_strides, batch, head, rows, cols, n_keys, EDGE)
-        k = tiles.load_rows(k_rows, k_strides, start, lo, hi, BLOCK_K, HEAD_DIM, EDGE, TMA)
+        k = tiles.load_rows(k_rows, k_strides, start, lo, hi, BLOCK_K, HEAD_DIM, EDGE, TMA, HOIST)
         if mask_ptr is None:
-            v = tiles.load_rows(v_rows, v_strides, start, lo, hi, BLOCK_K, HEAD_DIM_V, EDGE, TMA)
+            v = tiles.load_rows(v_rows, v_strides, start, lo, hi, BLOCK_K, HEAD_DIM_V, EDGE, TMA, HOIST)
         else:
             # 0 times the NaN of a value that nobody sees is NaN, so such values are not loaded. Keys
             # may be: what they hold stays in a column of scores that is replaced as a whole.
             seen = tiles.any_row(tiles.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE))
             end = tl.where(seen, hi, 0)[:, None]
-            v = tiles.load_rows(v_rows, v_strides, start, lo, end, BLOCK_K, HEAD_DIM_V, True, TMA)
+            v = tiles.load_rows(v_rows, v_strides, start, lo, end, BLOCK_K, HEAD_DIM_V, True, TMA, HOIST)
 
         dots = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
         if bias_ptr is not None:
