@@ -6,6 +6,9 @@ work=$PWD/.ci/work
 closing_line=""
 current="" started=0
 
+# The Triton that the tiles were chosen with; the newest one has a step of its own. For CPU builds of
+# PyTorch, which ask for none: a CUDA build brings its own.
+export PIP_CONSTRAINT=$PWD/.ci/constraints.txt
 export CI=true PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off PIP_QUIET=1 PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two workers on two cores
 # pip takes PyTorch from the index it is configured with. Where that offers CUDA builds and a CPU build is

@@ -73,6 +73,8 @@ def explain(
     impl= that cannot take the call is explained, not raised.
     """
     check_want(want)
+    if options.get("seed") is None:
+        options["seed"] = 0  # drawing one would move PyTorch's generator
     inputs, spec = prepare(q, k, v, options)
     order = options.get("impl") or dispatch.DEFAULT_IMPL
     chosen: str | None

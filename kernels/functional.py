@@ -131,7 +131,7 @@ def scaled_dot_product_attention(
     q, k, v = (_to_four_axes(x, lead, enable_gqa) for x in (query, key, value))
     if attn_mask is not None:
         check_tensor("attn_mask", attn_mask)
-        if attn_mask.ndim > 4:
+        if attn_mask.ndim > 3 and len(lead) > 2:
             attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-2:])
             attn_mask = attn_mask.reshape(-1, *attn_mask.shape[-3:])
     options: AttentionOptions = {"causal": is_causal, "dropout_p": dropout_p, "scale": scale}

@@ -271,13 +271,14 @@ def _vmap(
             for i in range(size)
         ]
         return tuple(torch.stack(outs) for outs in zip(*runs, strict=True)), (0,) * len(runs[0])
+    batch = inputs.q.shape[0] if flat_dims[first] is None else inputs.q.movedim(flat_dims[first], 0).shape[1]
     folded: list[Tensor | None] = []
     for x, d in zip(args[:n_tensors], flat_dims, strict=True):
-        if x is None:
-            folded.append(None)
+        if x is None or (d is None and x.shape[0] == 1 != batch):  # a mask for the whole batch stays one
+            folded.append(x)
             continue
         x = x.movedim(d, 0) if d is not None else x.expand(size, *x.shape)
-        folded.append(x.reshape(-1, *x.shape[2:]))
+        folded.append(x.expand(size, batch, *x.shape[2:]).flatten(0, 1))
     outs = operator(*folded, *args[n_tensors:])
     mapped = [o.ndim > 1 for o in outs]  # a gradient nobody needs is empty and has one axis
     results = tuple(o.unflatten(0, (size, -1)) if m else o for o, m in zip(outs, mapped, strict=True))

@@ -171,9 +171,9 @@ def make_spec(
             raise TypeError(f"{name} must be a number or None, got {type(number).__name__}")
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
-    elif not math.isfinite(scale):
+    elif not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be a finite number, got {scale}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be a finite number > 0 or None, got {softcap}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")

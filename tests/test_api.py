@@ -315,8 +315,9 @@ class TestScaledDotProductAttention:
             F.scaled_dot_product_attention(q, k, k, attn_mask=mask, scale=0.2),
         )
 
-    def test_five_axes_with_mask(self) -> None:
-        q, mask = torch.randn(2, 4, 3, 6, 8), torch.rand(2, 1, 3, 6, 6) > 0.3
+    @pytest.mark.parametrize("shape", [(2, 1, 3, 6, 6), (4, 3, 6, 6), (4, 1, 6, 6), (3, 6, 6), (6, 6)])
+    def test_five_axes_with_mask(self, shape: tuple[int, ...]) -> None:
+        q, mask = torch.randn(2, 4, 3, 6, 8), torch.rand(shape) > 0.3
         torch.testing.assert_close(
             scaled_dot_product_attention(q, q, q, attn_mask=mask),
             F.scaled_dot_product_attention(q, q, q, attn_mask=mask),
@@ -346,6 +347,11 @@ class TestExplain:
         assert explanation.flops_forward == 4 * 8 * 4096 * 1024 * 64
         assert (explanation.tiles, explanation.tiles_visited) == (32 * 64, 32 * 9)
         assert "window (1023, 0)" in str(explanation)
+
+    def test_computes_nothing(self) -> None:
+        before = torch.random.get_rng_state()
+        explain(Q, K, K, dropout_p=0.5)
+        assert torch.equal(torch.random.get_rng_state(), before)
 
     def test_meta_tensors(self) -> None:
         q = torch.empty(1, 8, 2**20, 64, device="meta", dtype=torch.bfloat16)

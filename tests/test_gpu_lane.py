@@ -89,6 +89,9 @@ def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     (record,) = [r for r in gpu_sweep.measure(case, CPU, tokens=64) if r["implementation"] == "undivided"]
     assert "tflops" not in record
     assert any("out[" in sentence for sentence in record["wrong"])
+    monkeypatch.setattr(gpu_sweep, "measure", lambda *_: iter([record]))
+    monkeypatch.setattr("sys.argv", ["gpu_sweep", next(iter(gpu_sweep.CASES))])
+    assert gpu_sweep.main() == 1, "a wrong result must fail its task"
 
 
 def test_results_and_table(tmp_path: Path) -> None:

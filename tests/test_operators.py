@@ -80,6 +80,19 @@ def test_compile_with_options_and_sdpa_facade() -> None:
     assert not torch.equal(dropped(q), dropped(q)), "a seed that was drawn at compile time"
 
 
+def test_compile_with_a_scale_that_varies() -> None:
+    """A dynamic float is no float to math.isfinite: several layers with a scale each broke the graph."""
+    torch._dynamo.reset()
+    q = torch.randn(2, 4, 6, 8)
+
+    def call(q: Tensor, scale: float, softcap: float) -> Tensor:
+        return attention(q, q, q, scale=scale, softcap=softcap)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for scale in (0.1, 0.2, 0.3):
+        torch.testing.assert_close(compiled(q, scale, 9 * scale), call(q, scale, 9 * scale))
+
+
 def test_compile_does_not_recompile_per_length() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -153,6 +166,23 @@ def test_vmap(in_dims: tuple[int | None, ...]) -> None:
         expected_grads = torch.func.grad(loss, argnums=(0, 1, 2))(*example(i))
         for ours, theirs in zip(per_example, expected_grads, strict=True):
             torch.testing.assert_close(ours[i], theirs)
+
+
+@pytest.mark.parametrize("impl", ["fallback", "triton"])
+@pytest.mark.parametrize("mask_shape", [(1, 1, 5, 7), (2, 1, 1, 7), (1, 4, 5, 7)])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_vmap_with_a_mask(impl: str, mask_shape: tuple[int, ...], mapped: bool) -> None:
+    """A mask for the whole batch, folded like a tensor with a batch of its own, is read past its end."""
+    q, k = torch.randn(3, 2, 4, 5, 16), torch.randn(2, 2, 7, 16)
+    mask = torch.rand(3, *mask_shape) > 0.3
+    lengths = torch.tensor([7, 4])
+
+    def call(q: Tensor, mask: Tensor) -> Tensor:
+        return attention(q, k, k, mask=mask, key_lengths=lengths, impl=impl)
+
+    ours = torch.vmap(call, (0, 0 if mapped else None))(q, mask if mapped else mask[0])
+    theirs = torch.stack([call(q[i], mask[i if mapped else 0]) for i in range(3)])
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_vmap_with_bias_and_dropout_equals_a_loop() -> None:
