@@ -241,6 +241,8 @@ def test_one_binary_serves_every_length_window_and_batch() -> None:
 import itertools
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 from undivided.kernels.spec import AttentionSpec, Inputs, like
 from undivided.kernels.triton.config import TileConfig
 from undivided.kernels.triton.forward import forward_launch
@@ -250,7 +252,9 @@ def key(batch, heads, seqlen_q, seqlen_k, left, right):
     spec = AttentionSpec(0.125, left, right)
     launch = forward_launch(Inputs(q, k, v), spec, like(q, 64), torch.empty(q.shape[:3], device="meta"),
                             TileConfig(64, 64, 4, 2))
-    _, _, specialization, options = launch.specialise(GPUTarget("cuda", 90, 32))
+    kernel, backend = launch.kernel, make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    _, specialization, options = bind(*launch.arguments, **launch.constants, **launch.options())
     return str(specialization), str(options)
 
 keys = {key(1, 1, n, n, 1, 0) for n in range(1, 65)}

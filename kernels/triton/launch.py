@@ -1,4 +1,4 @@
-"""A kernel with everything it is about to be called with: run it, or ask what such a call compiles."""
+"""A kernel with everything it is about to be called with."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import BaseBackend, GPUTarget
-from triton.compiler import make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.runtime.jit import JITFunction
 
 from ..masks import key_bounds
 from ..philox import drop_threshold
@@ -42,15 +40,6 @@ class Launch(NamedTuple):
         else:
             with torch.cuda.device(device):
                 self.kernel[(self.programs,)](*self.arguments, **self.constants, **self.options())
-
-    def specialise(self, target: GPUTarget) -> tuple[BaseBackend, dict[str, Any], list[Any], dict[str, Any]]:
-        """What a call compiles for: (backend, arguments by name, specialization, options).
-
-        Calls whose specialization and options are equal share one binary.
-        """
-        backend = make_backend(target)
-        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
-        return backend, *bind(*self.arguments, **self.constants, **self.options())
 
 
 def broadcast_strides(x: Tensor | None) -> Strides | None:
