@@ -94,7 +94,7 @@ class FlashEngine:
         Decoding waits for memory; a conversion of all keys to float32 would take longer than the rest.
         """
         q = inputs.q
-        return not spec.lse and q.element_size() == 2 and q.shape[2] <= _FEW_ROWS and inputs.bias is None
+        return not spec.want_lse and q.element_size() == 2 and q.shape[2] <= _FEW_ROWS and inputs.bias is None
 
     @staticmethod
     def takes(inputs: Inputs, spec: AttentionSpec) -> bool:

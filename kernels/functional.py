@@ -97,7 +97,7 @@ def attention(
         NotImplementedError: impl= names an implementation that cannot take the call; lists every reason.
     """
     check_want(want)
-    inputs, spec = prepare(q, k, v, options, lse=want is not None)
+    inputs, spec = prepare(q, k, v, options, want_lse=want is not None)
     out, lse = _run(inputs, spec, options.get("impl"))
     if want is None:
         return out
@@ -137,13 +137,19 @@ def scaled_dot_product_attention(
     options: AttentionOptions = {"causal": is_causal, "dropout_p": dropout_p, "scale": scale}
     if attn_mask is not None:
         options["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
-    inputs, spec = prepare(q, k, v, options, top_left=True, lse=False)
+    inputs, spec = prepare(q, k, v, options, top_left=True, want_lse=False)
     out, _ = _run(inputs, spec, None)
     return out if query.ndim == 4 and len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
 
 def prepare(
-    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *, top_left: bool = False, lse: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    *,
+    top_left: bool = False,
+    want_lse: bool = True,
 ) -> tuple[Inputs, AttentionSpec]:
     """Validate a call and turn it into what implementations see; q, k, v as autocast wants them."""
     filled: AttentionOptions = {**DEFAULTS, **options}
@@ -159,7 +165,7 @@ def prepare(
         )
     inputs = make_inputs(q, k, v, filled)
     tf32 = q.dtype == torch.float32 and q.device.type == "cuda" and _tf32_allowed()
-    return inputs, make_spec(q.shape[-1], filled, top_left=top_left, tf32=tf32, lse=lse)
+    return inputs, make_spec(q.shape[-1], filled, top_left=top_left, tf32=tf32, want_lse=want_lse)
 
 
 def _run(inputs: Inputs, spec: AttentionSpec, impl: str | None) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, T
         function = _Attention
     if function is None:
         return _forward_op(*inputs, *spec, impl)
-    return function.apply(*inputs, spec._replace(lse=True), impl)
+    return function.apply(*inputs, spec._replace(want_lse=True), impl)
 
 
 class _Attention(torch.autograd.Function):

@@ -71,7 +71,7 @@ class AttentionSpec(NamedTuple):
     """Everything about a call that is not a tensor.
 
     A query at position p sees keys p - left ... p + right, both ends included; None = unbounded.
-    The position of query i is i + (seqlen_k - seqlen_q), or i with `top_left`. Without `lse` nobody
+    The position of query i is i + (seqlen_k - seqlen_q), or i with `top_left`. Without `want_lse` nobody
     will read lse, so an implementation may leave it rough; backward reads it.
     """
 
@@ -82,7 +82,7 @@ class AttentionSpec(NamedTuple):
     softcap: float | None = None
     dropout_p: float = 0.0
     tf32: bool = False
-    lse: bool = True
+    want_lse: bool = True
 
     def shift(self, seqlen_q: int, seqlen_k: int) -> int:
         """Position of query 0 on the axis of keys."""
@@ -155,7 +155,7 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
 
 
 def make_spec(
-    head_dim: int, options: AttentionOptions, *, top_left: bool, tf32: bool, lse: bool = True
+    head_dim: int, options: AttentionOptions, *, top_left: bool, tf32: bool, want_lse: bool = True
 ) -> AttentionSpec:
     """Check the options that are no tensors, and resolve their defaults.
 
@@ -185,7 +185,7 @@ def make_spec(
         None if softcap is None else float(softcap),
         float(dropout_p),
         tf32,
-        lse,
+        want_lse,
     )
 
 
