@@ -47,7 +47,7 @@ _AMPERE: Mapping[Kernel, Mapping[int, TileConfig]] = {
         512: TileConfig(32, 16, 4, 1),
     },
     "dkdv": {
-        64: TileConfig(64, 64, 8, 2),
+        64: TileConfig(32, 128, 8, 2),
         128: TileConfig(32, 64, 4, 2),
         256: TileConfig(64, 64, 8, 1),
         512: TileConfig(16, 32, 8, 1),
