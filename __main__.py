@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         print(_explain(options))
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:  # the last: no such device
         print(f"undivided explain: {error}", file=sys.stderr)
         return 2
     return 0

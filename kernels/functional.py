@@ -38,7 +38,12 @@ def with_options(call: _F) -> _F:
     signature = inspect.signature(call)
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=getattr(annotation, "__forward_arg__", annotation),
+        )
         for (name, default), annotation in zip(
             DEFAULTS.items(), AttentionOptions.__annotations__.values(), strict=True
         )
@@ -155,7 +160,7 @@ def prepare(
     filled: AttentionOptions = {**DEFAULTS, **options}
     if len(filled) != len(DEFAULTS):
         unknown = next(name for name in options if name not in DEFAULTS)
-        raise TypeError(f"unknown option {unknown!r}; the options are {', '.join(DEFAULTS)}")
+        raise TypeError(f"unknown option {unknown!r}; the options are want, {', '.join(DEFAULTS)}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
     dtype = _autocast_dtype(q.device.type)
