@@ -2,7 +2,7 @@
 
 Visibility is an interval: query row i sees keys [lo, hi). Causal and window give it by arithmetic,
 `key_lengths` cuts hi. A boolean mask comes on top, element by element. Everybody who has to know,
-in PyTorch, asks here; `triton/tiles.py` holds the twins for kernels.
+in PyTorch, asks here; `triton/visibility.py` holds the twins for kernels.
 """
 
 from __future__ import annotations

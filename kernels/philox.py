@@ -2,7 +2,7 @@
 
 An element is kept or dropped as a pure function of (seed, batch index, query head, query row, key
 column), so every implementation, device and tile size drops the same ones and backward recomputes
-them. `triton/tiles.py` has the twin for kernels.
+them. `triton/softmax.py` has the twin for kernels.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from undivided.conformance.oracle import Results, solve
 from undivided.kernels import philox
 from undivided.kernels.masks import visible
 from undivided.kernels.spec import AttentionSpec, Inputs
-from undivided.kernels.triton import tiles
+from undivided.kernels.triton import softmax, visibility
 from undivided.kernels.triton.config import TABLE, TileConfig, tile_config
 from undivided.kernels.triton.forward import attention_forward
 from undivided.kernels.triton.launch import dropped_bits
@@ -128,7 +128,7 @@ def test_offsets_beyond_32_bits(device: torch.device) -> None:
 @triton.jit
 def _keep_kernel(keep_ptr, seed_ptr, last_dropped, plane, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
     rows = row + tl.arange(0, ROWS)[:, None]
-    keep = tiles.keep_mask(tl.load(seed_ptr), last_dropped, plane, rows, col, COLS)
+    keep = softmax.keep_mask(tl.load(seed_ptr), last_dropped, plane, rows, col, COLS)
     index = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
     tl.store(keep_ptr + index, keep.to(tl.int8))
 
@@ -147,7 +147,7 @@ def test_dropout_keeps_the_same_elements_as_philox(seed: int, dropout_p: float, 
 @triton.jit
 def _tanh_kernel(x_ptr, tanh_ptr, slope_ptr, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
-    tanh, slope = tiles.tanh_and_slope(tl.load(x_ptr + index))
+    tanh, slope = softmax.tanh_and_slope(tl.load(x_ptr + index))
     tl.store(tanh_ptr + index, tanh)
     tl.store(slope_ptr + index, slope)
 
@@ -173,11 +173,11 @@ def _ranges_kernel(
     n_keys = tl.load(sizes_ptr + program * 4 + 2)
     shift = tl.load(sizes_ptr + program * 4 + 3)
     if KEYS:
-        lo, full_lo, full_hi, hi = tiles.visible_keys(
+        lo, full_lo, full_hi, hi = visibility.visible_keys(
             first, seqlen_q, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
         )
     else:
-        lo, full_lo, full_hi, hi = tiles.visible_queries(
+        lo, full_lo, full_hi, hi = visibility.visible_queries(
             first, seqlen_q, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
         )
     tl.store(ranges_ptr + program * 4, lo)

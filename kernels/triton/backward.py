@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..spec import AttentionSpec, Gradients, Inputs, like
-from . import tiles
+from . import softmax, tiles
 from .bias_gradient import dbias_kernel
 from .config import Kernel, TileConfig, architecture, does_more_than_softmax, tile_config
 from .key_gradients import dkdv_kernel
@@ -45,7 +45,7 @@ def _row_statistics_kernel(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """delta = rowsum(out·dout) - dlse, and the lse as `tiles.probabilities` subtracts it.
+    """delta = rowsum(out·dout) - dlse, and the lse as `softmax.probabilities` subtracts it.
 
     An empty row gets delta 0 and offset +inf, whatever out, dout and dlse hold there.
     """
@@ -68,7 +68,7 @@ def _row_statistics_kernel(
     delta = tl.where(lse == float("-inf"), 0.0, delta)
     statistics = tiles.statistics_of(plane, seqlen_q) + index
     tl.store(delta_ptr + statistics, delta)
-    tl.store(offset_ptr + statistics, tiles.lse_offset(lse, softcap, bias_ptr))
+    tl.store(offset_ptr + statistics, softmax.lse_offset(lse, softcap, bias_ptr))
 
 
 def attention_backward(

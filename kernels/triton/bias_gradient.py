@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import tiles
+from . import softmax, tiles, visibility
 
 
 @triton.jit(do_not_specialize=[
@@ -69,7 +69,7 @@ def dbias_kernel(
     plane = tl.program_id(0) // col_tiles // row_tiles
     bias_batch, bias_head = plane // bias_heads, plane % bias_heads
     heads_q = heads_kv * group
-    unit = tiles.score_unit(scale, softcap, bias_ptr)
+    unit = softmax.score_unit(scale, softcap, bias_ptr)
     seed = None
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -83,7 +83,7 @@ def dbias_kernel(
     total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for nth_batch in tl.range(0, summed_batches):
         batch = bias_batch + nth_batch
-        n_keys = tiles.keys_of(batch, lengths_ptr, seqlen_k)
+        n_keys = visibility.keys_of(batch, lengths_ptr, seqlen_k)
         for nth_head in tl.range(0, summed_heads):
             head = bias_head + nth_head
             q_rows = tiles.rows_of_head(q_ptr, q_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM, False)
@@ -100,7 +100,7 @@ def dbias_kernel(
             statistics = tiles.statistics_of(plane_q, seqlen_q)
             for row in tl.range(first_row, stop_row, BLOCK_Q):
                 row = tl.multiple_of(row, BLOCK_Q)
-                rows = tiles.row_numbers(row, seqlen_q, BLOCK_Q)[:, None]
+                rows = visibility.row_numbers(row, seqlen_q, BLOCK_Q)[:, None]
                 offset, hidden_to = tiles.row_offsets(offset_ptr + statistics, row, seqlen_q, BLOCK_Q, True)
                 delta = tl.load(delta_ptr + statistics + row + tl.arange(0, BLOCK_Q))
                 q = tiles.load_rows(
@@ -109,7 +109,9 @@ def dbias_kernel(
                 dout = tiles.load_rows(
                     dout_rows, dout_strides, row, hidden_to, seqlen_q, BLOCK_Q, HEAD_DIM_V, True, False, False
                 )
-                lo, _, _, hi = tiles.visible_keys(row, seqlen_q, n_keys, shift, left, right, BLOCK_Q, BLOCK_K)
+                lo, _, _, hi = visibility.visible_keys(
+                    row, seqlen_q, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
+                )
                 start = tl.maximum(first_col, lo // BLOCK_K * BLOCK_K)
                 for col in tl.range(start, tl.minimum(stop_col, hi), BLOCK_K):
                     col = tl.multiple_of(col, BLOCK_K)
@@ -123,14 +125,14 @@ def dbias_kernel(
                     if mask_ptr is not None:
                         mask = tiles.load_pairs(mask_ptr, mask_strides, batch, head, rows, cols, n_keys, True)
                     if seed is not None:
-                        keep = tiles.keep_mask(seed, last_dropped, plane_q, rows, col, BLOCK_K)
-                    ok = tiles.element_mask(rows, cols, n_keys, shift, left, right, mask, True)
+                        keep = softmax.keep_mask(seed, last_dropped, plane_q, rows, col, BLOCK_K)
+                    ok = visibility.element_mask(rows, cols, n_keys, shift, left, right, mask, True)
                     bias = tiles.load_pairs(bias_ptr, bias_strides, batch, head, rows, cols, n_keys, True)
                     dots = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
-                    s = tiles.scores(dots, scale, softcap, bias)
-                    p = tiles.probabilities(s, unit, offset[:, None], softcap, bias)
-                    dp = tiles.dropped(tl.dot(dout, v.T, input_precision=PRECISION), keep, kept_scale)
-                    total += tiles.zero_hidden(p * (dp - delta[:, None]), ok)
+                    s = softmax.scores(dots, scale, softcap, bias)
+                    p = softmax.probabilities(s, unit, offset[:, None], softcap, bias)
+                    dp = softmax.dropped(tl.dot(dout, v.T, input_precision=PRECISION), keep, kept_scale)
+                    total += visibility.zero_hidden(p * (dp - delta[:, None]), ok)
 
     ptr = dbias_ptr + bias_batch.to(tl.int64) * dbias_strides[0] + bias_head.to(tl.int64) * dbias_strides[1]
     rows = first_row + tl.arange(0, BLOCK_Q)[:, None]

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..spec import AttentionSpec, Inputs, like
-from . import tiles
+from . import softmax, tiles, visibility
 from .config import TileConfig, architecture, does_more_than_softmax, tile_config
 from .launch import (
     Launch,
@@ -67,22 +67,24 @@ def _attend(
         else:
             # 0 times the NaN of a value that nobody sees is NaN, so such values are not loaded. Keys
             # may be: what they hold stays in a column of scores that is replaced as a whole.
-            seen = tiles.any_row(tiles.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE))
+            seen = visibility.any_row(
+                visibility.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE)
+            )
             end = tl.where(seen, hi, 0)[:, None]
             v = tiles.load_rows(v_rows, v_strides, start, lo, end, BLOCK_K, HEAD_DIM_V, True, TMA, HOIST)
 
         dots = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
         if bias_ptr is not None:
             bias = tiles.load_pairs(bias_ptr, bias_strides, batch, head, rows, cols, n_keys, EDGE)
-        s = tiles.scores(dots, scale, softcap, bias)
+        s = softmax.scores(dots, scale, softcap, bias)
         # Compared here, next to its use: earlier, every comparison would occupy a register bit.
-        ok = tiles.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE)
+        ok = visibility.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE)
         if ok is not None:
             s = tl.where(ok, s, float("-inf"))
         MAY_BE_EMPTY: tl.constexpr = ok is not None or bias_ptr is not None
-        p, alpha, row_max, row_sum = tiles.online_softmax(s, row_max, row_sum, unit, MAY_BE_EMPTY)
+        p, alpha, row_max, row_sum = softmax.online_softmax(s, row_max, row_sum, unit, MAY_BE_EMPTY)
         if seed is not None:
-            p = tl.where(tiles.keep_mask(seed, last_dropped, plane, rows, start, BLOCK_K), p, 0.0)
+            p = tl.where(softmax.keep_mask(seed, last_dropped, plane, rows, start, BLOCK_K), p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum
 
@@ -140,10 +142,10 @@ def _forward_kernel(
         tl.program_id(0), tl.cdiv(seqlen_q, BLOCK_Q), heads_kv, group, right is not None
     )
     first_row = tile * BLOCK_Q
-    rows = tiles.row_numbers(first_row, seqlen_q, BLOCK_Q)
+    rows = visibility.row_numbers(first_row, seqlen_q, BLOCK_Q)
     plane = batch * heads_kv * group + head
-    n_keys = tiles.keys_of(batch, lengths_ptr, seqlen_k)
-    lo, full_lo, full_hi, hi = tiles.visible_keys(
+    n_keys = visibility.keys_of(batch, lengths_ptr, seqlen_k)
+    lo, full_lo, full_hi, hi = visibility.visible_keys(
         first_row, seqlen_q, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
     )
     q_rows = tiles.rows_of_head(q_ptr, q_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM, TMA)
@@ -152,7 +154,7 @@ def _forward_kernel(
     q = tiles.load_rows(q_rows, q_strides, first_row, 0, seqlen_q, BLOCK_Q, HEAD_DIM, True, TMA)
     if NEGATIVE:  # the running maximum needs scores that grow with the products
         q = -q
-    unit = tiles.score_unit(scale, softcap, bias_ptr)
+    unit = softmax.score_unit(scale, softcap, bias_ptr)
 
     PADDED_V: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM_V))
     state = (
@@ -184,7 +186,7 @@ def _forward_kernel(
         )  # fmt: skip
 
     acc, row_max, row_sum = state
-    lse = tiles.natural_lse(row_max, row_sum, scale, softcap, bias_ptr)
+    lse = softmax.natural_lse(row_max, row_sum, scale, softcap, bias_ptr)
     if seed_ptr is not None:
         acc = acc * kept_scale
     # A row that sees nothing may have met the NaN of a key that its neighbours see.

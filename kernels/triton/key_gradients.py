@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import tiles
+from . import softmax, tiles, visibility
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _gather_from_queries(
             tile = tl.where(tile < full_lo // BLOCK_Q, tile, tile + (full_hi - full_lo) // BLOCK_Q)
         first_row = tl.multiple_of(tile * BLOCK_Q, BLOCK_Q)
         index = first_row + tl.arange(0, BLOCK_Q)[None, :]
-        rows = tiles.row_numbers(first_row, seqlen_q, BLOCK_Q)[None, :]
+        rows = visibility.row_numbers(first_row, seqlen_q, BLOCK_Q)[None, :]
         offset, hidden_to = tiles.row_offsets(offset_ptr, first_row, seqlen_q, BLOCK_Q, MAY_BE_EMPTY)
         q = tiles.load_rows(
             q_rows, q_strides, first_row, hidden_to, seqlen_q, BLOCK_Q, HEAD_DIM, MAY_BE_EMPTY, False, False
@@ -69,22 +69,22 @@ def _gather_from_queries(
         if bias_ptr is not None:
             bias = tiles.load_pairs(bias_ptr, bias_strides, batch, head, rows, cols, n_keys, EDGE)
         if seed is not None:
-            keep = tiles.keep_mask(seed, last_dropped, plane, rows.T, first_col, BLOCK_K).T
+            keep = softmax.keep_mask(seed, last_dropped, plane, rows.T, first_col, BLOCK_K).T
 
         dots = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_K, BLOCK_Q]
-        s = tiles.scores(dots, scale, softcap, bias)
-        ok = tiles.element_mask_of_keys(index, cols, n_keys, shift, left, right, mask, EDGE)
-        p = tiles.zero_hidden(tiles.probabilities(s, unit, offset[None, :], softcap, bias), ok)
+        s = softmax.scores(dots, scale, softcap, bias)
+        ok = visibility.element_mask_of_keys(index, cols, n_keys, shift, left, right, mask, EDGE)
+        p = visibility.zero_hidden(softmax.probabilities(s, unit, offset[None, :], softcap, bias), ok)
         if dv_ptr is not None:
-            p_kept = tiles.dropped(p, keep, kept_scale)
+            p_kept = softmax.dropped(p, keep, kept_scale)
             dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
         if dk_ptr is not None:
-            dp = tiles.dropped(tl.dot(v, dout.T, input_precision=PRECISION), keep, kept_scale)
+            dp = softmax.dropped(tl.dot(v, dout.T, input_precision=PRECISION), keep, kept_scale)
             # Loaded here, next to its use: from the top on it would occupy 16 registers.
             delta = tl.load(delta_ptr + first_row + tl.arange(0, BLOCK_Q))
             ds = p * (dp - delta[None, :])
             if softcap is not None:
-                ds *= tiles.softcap_slope(dots, scale, softcap)
+                ds *= softmax.softcap_slope(dots, scale, softcap)
             if ok is not None:  # p is 0 where hidden; asking it instead of ok frees a register per element
                 ds = tl.where(p > 0.0, ds, 0.0)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -137,16 +137,16 @@ def dkdv_kernel(
         tl.program_id(0), tl.cdiv(seqlen_k, BLOCK_K), heads_kv, 1, False
     )
     first_col = tile * BLOCK_K
-    n_keys = tiles.keys_of(batch, lengths_ptr, seqlen_k)
-    lo, full_lo, full_hi, hi = tiles.visible_queries(
+    n_keys = visibility.keys_of(batch, lengths_ptr, seqlen_k)
+    lo, full_lo, full_hi, hi = visibility.visible_queries(
         first_col, seqlen_q, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
     )
     k_rows = tiles.rows_of_head(k_ptr, k_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM, False)
     v_rows = tiles.rows_of_head(v_ptr, v_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM_V, False)
-    seen_lo, seen_hi = tiles.seen_keys(seqlen_q, n_keys, shift, left, right)
+    seen_lo, seen_hi = visibility.seen_keys(seqlen_q, n_keys, shift, left, right)
     k = tiles.load_rows(k_rows, k_strides, first_col, seen_lo, seen_hi, BLOCK_K, HEAD_DIM, True, False)
     v = tiles.load_rows(v_rows, v_strides, first_col, seen_lo, seen_hi, BLOCK_K, HEAD_DIM_V, True, False)
-    unit = tiles.score_unit(scale, softcap, bias_ptr)
+    unit = softmax.score_unit(scale, softcap, bias_ptr)
     outputs = (dk_ptr, dv_ptr)
     dk = 0.0
     dv = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import tiles
+from . import softmax, tiles, visibility
 
 
 @triton.jit
@@ -53,21 +53,21 @@ def _gather_from_keys(
         if bias_ptr is not None:
             bias = tiles.load_pairs(bias_ptr, bias_strides, batch, head, rows, cols, n_keys, EDGE)
         if seed is not None:
-            keep = tiles.keep_mask(seed, last_dropped, plane, rows, first_col, BLOCK_K)
-        ok = tiles.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE)
+            keep = softmax.keep_mask(seed, last_dropped, plane, rows, first_col, BLOCK_K)
+        ok = visibility.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE)
         if mask_ptr is not None:
-            seen = tiles.any_row(ok)
+            seen = visibility.any_row(ok)
             k = tiles.zero_unless(seen, k)
             v = tiles.zero_unless(seen, v)
 
         dots = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
-        dp = tiles.dropped(tl.dot(dout, v.T, input_precision=PRECISION), keep, kept_scale)
-        s = tiles.scores(dots, scale, softcap, bias)
-        p = tiles.probabilities(s, unit, offset[:, None], softcap, bias)
+        dp = softmax.dropped(tl.dot(dout, v.T, input_precision=PRECISION), keep, kept_scale)
+        s = softmax.scores(dots, scale, softcap, bias)
+        p = softmax.probabilities(s, unit, offset[:, None], softcap, bias)
         ds = p * (dp - delta[:, None])
         if softcap is not None:
-            ds *= tiles.softcap_slope(dots, scale, softcap)
-        ds = tiles.zero_hidden(ds, ok)
+            ds *= softmax.softcap_slope(dots, scale, softcap)
+        ds = visibility.zero_hidden(ds, ok)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -117,8 +117,8 @@ def dq_kernel(
     )
     first_row = tile * BLOCK_Q
     plane = batch * heads_kv * group + head
-    n_keys = tiles.keys_of(batch, lengths_ptr, seqlen_k)
-    lo, full_lo, full_hi, hi = tiles.visible_keys(
+    n_keys = visibility.keys_of(batch, lengths_ptr, seqlen_k)
+    lo, full_lo, full_hi, hi = visibility.visible_keys(
         first_row, seqlen_q, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
     )
     q_rows = tiles.rows_of_head(q_ptr, q_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM, False)
@@ -128,7 +128,7 @@ def dq_kernel(
     statistics = tiles.statistics_of(plane, seqlen_q)
     offset, _ = tiles.row_offsets(offset_ptr + statistics, first_row, seqlen_q, BLOCK_Q, False)
     delta = tl.load(delta_ptr + statistics + first_row + tl.arange(0, BLOCK_Q))
-    unit = tiles.score_unit(scale, softcap, bias_ptr)
+    unit = softmax.score_unit(scale, softcap, bias_ptr)
     k_rows = tiles.rows_of_head(k_ptr, k_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM, False)
     v_rows = tiles.rows_of_head(v_ptr, v_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM_V, False)
     keys = (k_rows, k_strides, v_rows, v_strides)
@@ -136,7 +136,7 @@ def dq_kernel(
     dropout = (None, None, None, None)
     if seed_ptr is not None:
         dropout = (tl.load(seed_ptr), last_dropped, kept_scale, plane)
-    where = (batch, head, tiles.row_numbers(first_row, seqlen_q, BLOCK_Q)[:, None])
+    where = (batch, head, visibility.row_numbers(first_row, seqlen_q, BLOCK_Q)[:, None])
     window = (n_keys, shift, left, right, lo, full_lo, full_hi, hi)
     edges_stop = hi - (full_hi - full_lo) + BLOCK_K - 1
     dq = tl.zeros([BLOCK_Q, max(16, triton.next_power_of_2(HEAD_DIM))], tl.float32)
