@@ -7,6 +7,7 @@ not.
 from __future__ import annotations
 
 import datetime
+import itertools
 import platform
 import statistics
 import time
@@ -48,14 +49,15 @@ def compare(
 ) -> Pairs:
     """Time two functions in turns; which one goes first alternates.
 
-    A sample repeats a function until it takes min_sample_s. At least 5 pairs; then as many as `pairs`
-    and budget_s allow.
+    A sample repeats a function until it takes min_sample_s. At least 5 pairs; then `pairs` if budget_s
+    allows, and more for short functions, until a second has passed.
     """
     repeats = [max(1, round(min_sample_s / max(_warm(run), 1e-9))) for run in (ours, theirs)]
     result = Pairs([], [])
     start = time.perf_counter()
-    for i in range(pairs):
-        if i >= 5 and time.perf_counter() - start > budget_s:
+    for i in itertools.count():
+        elapsed_s = time.perf_counter() - start
+        if i >= 5 and (elapsed_s > budget_s or (i >= pairs and elapsed_s > 1.0)):
             break
         halves = [(ours, repeats[0], result.ours), (theirs, repeats[1], result.theirs)]
         for run, n, times in halves if i % 2 == 0 else reversed(halves):

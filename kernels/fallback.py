@@ -17,7 +17,7 @@ from .fallback_blocks import Block, FlashEngine, MatmulEngine, RowGradients
 from .fallback_plan import Part, Strip, plan
 from .masks import block_of, visible
 from .philox import keep_mask
-from .spec import AttentionSpec, Gradients, Inputs, like
+from .spec import AttentionSpec, Gradients, Inputs, like, seq_major
 
 Engine = type[FlashEngine] | type[MatmulEngine]
 
@@ -245,9 +245,8 @@ def _entries_of(x: Tensor, entries: slice) -> Tensor:
 
 def _in_layout_of(x: Tensor, result: Tensor) -> Tensor:
     """result with the dtype and the physical order that `like` gives it; a copy only if it differs."""
-    target = like(x, result.shape[3])
-    same = result.dtype == target.dtype and result.stride() == target.stride()
-    return result if same else target.copy_(result)
+    dense = (result.transpose(1, 2) if seq_major(x) else result).is_contiguous()
+    return result if dense and result.dtype == x.dtype else like(x, result.shape[3]).copy_(result)
 
 
 def _wide(x: Tensor) -> torch.dtype:

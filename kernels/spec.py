@@ -204,7 +204,6 @@ def check_tensor(name: str, x: object, device: torch.device | None = None) -> No
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, x)
         if x.ndim != 4:
             raise ValueError(
                 f"{name} must have 4 axes (batch, heads, seqlen, head_dim), got shape {tuple(x.shape)}"
@@ -299,6 +298,11 @@ def like(x: Tensor, head_dim: int) -> Tensor:
     model's next transpose and reshape copy nothing.
     """
     batch, heads, seqlen, _ = x.shape
-    if x.stride(1) < x.stride(2):
+    if seq_major(x):
         return x.new_empty(batch, seqlen, heads, head_dim).transpose(1, 2)
     return x.new_empty(batch, heads, seqlen, head_dim)
+
+
+def seq_major(x: Tensor) -> bool:
+    """Whether x is a transposed view of (batch, seqlen, heads, head_dim)."""
+    return x.stride(1) < x.stride(2)
