@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Generator, Tensor
 
 from ..kernels.functional import prepare
-from ..kernels.spec import AttentionOptions, AttentionSpec, Inputs
+from ..kernels.masks import visible
+from ..kernels.spec import DEFAULTS, AttentionOptions, AttentionSpec, Inputs
 from .distributions import draw
 
 
@@ -103,6 +104,31 @@ class Problem(NamedTuple):
     def prepared(self) -> tuple[Inputs, AttentionSpec]:
         """The same as implementations see it."""
         return prepare(self.q, self.k, self.v, self.options, top_left=self.top_left)
+
+    def given_options(self) -> AttentionOptions:
+        """The options that differ from their defaults; a seed only where there is dropout."""
+        return cast(
+            AttentionOptions,
+            {
+                name: x
+                for name, x in self.options.items()
+                if x is not DEFAULTS[name]  # type: ignore[literal-required]
+                and not (name == "seed" and not self.options.get("dropout_p"))
+                and not (name == "dropout_p" and x == 0.0)
+            },
+        )
+
+    def has_empty_rows(self) -> bool:
+        """Whether some query sees no key, or only scores of -inf."""
+        inputs, spec = self.prepared()
+        batch, heads, seqlen_q, _ = inputs.q.shape
+        ok = torch.ones(batch, heads, seqlen_q, inputs.k.shape[2], dtype=torch.bool, device=inputs.q.device)
+        shown = visible(inputs, spec)
+        if shown is not None:
+            ok = ok & shown
+        if inputs.bias is not None:
+            ok = ok & (inputs.bias > -torch.inf)
+        return not bool(ok.any(-1).all())
 
 
 def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:

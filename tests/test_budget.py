@@ -11,8 +11,8 @@ from torch import Tensor
 
 from undivided.conformance.budget import assert_within_budget, measure
 from undivided.conformance.cases import Case, Extra, Problem
-from undivided.conformance.check import expected
 from undivided.conformance.distributions import DISTRIBUTIONS
+from undivided.conformance.evaluation import expected
 from undivided.conformance.oracle import Oracle, Results
 from undivided.kernels.masks import visible
 from undivided.kernels.philox import keep_mask

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from undivided.conformance.adapters import ours
 from undivided.conformance.cases import Case, Problem
-from undivided.conformance.check import evaluate, ours
+from undivided.conformance.evaluation import evaluate
 from undivided.kernels.philox import keep_mask, philox
 
 IMPLEMENTATIONS = ["reference", "fallback", "triton"]

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from undivided import attention
+from undivided.conformance.adapters import ours
 from undivided.conformance.budget import assert_within_budget
 from undivided.conformance.cases import Case, Extra
-from undivided.conformance.check import evaluate, expected, ours
+from undivided.conformance.evaluation import evaluate, expected
 from undivided.conformance.oracle import Results, solve
 from undivided.kernels import fallback, fallback_blocks, functional
 from undivided.kernels.fallback_plan import Limits, plan

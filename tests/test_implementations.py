@@ -10,9 +10,10 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from undivided.conformance.adapters import ARITHMETIC, ours
 from undivided.conformance.budget import assert_within_budget
 from undivided.conformance.cases import BIASES, CASES, LAYOUTS, MASKS, Case, Extra
-from undivided.conformance.check import ARITHMETIC, evaluate, expected, ours
+from undivided.conformance.evaluation import evaluate, expected
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 NATIVE = torch.cuda.is_available()

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from undivided.conformance.adapters import ours
 from undivided.conformance.cases import Case, Extra, Problem
-from undivided.conformance.check import evaluate, ours
+from undivided.conformance.evaluation import evaluate
 from undivided.conformance.memory import fenced, poisoned_allocations
 from undivided.conformance.oracle import Results
 from undivided.kernels.masks import visible

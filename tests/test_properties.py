@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from undivided.conformance.adapters import ARITHMETIC, ours
 from undivided.conformance.budget import assert_within_budget
 from undivided.conformance.cases import Case, Extra, Problem
-from undivided.conformance.check import ARITHMETIC, evaluate, expected, ours
+from undivided.conformance.evaluation import evaluate, expected
 from undivided.conformance.oracle import Results
 from undivided.kernels.masks import visible
 

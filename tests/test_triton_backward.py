@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from undivided.conformance.budget import assert_within_budget
 from undivided.conformance.cases import Case, Extra, Problem
-from undivided.conformance.check import expected
+from undivided.conformance.evaluation import expected
 from undivided.conformance.memory import fenced, poisoned_allocations
 from undivided.conformance.oracle import Results
 from undivided.kernels.spec import Gradients

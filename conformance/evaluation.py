@@ -1,0 +1,37 @@
+"""Put a target to a problem: run it forward and backward, and ask the oracle the same question."""
+
+from __future__ import annotations
+
+import torch
+
+from .cases import Problem
+from .oracle import Oracle, Results, solve
+from .target import Capabilities, Target
+
+
+def evaluate(target: Target, problem: Problem) -> Results:
+    """What the target claims to compute: out, lse, and the gradients of q, k, v and bias through both."""
+    claims, options, bias = target.capabilities, problem.options, problem.options.get("bias")
+    leaves = [x.detach().requires_grad_(claims.backward) for x in problem[:3]]
+    if bias is not None and claims.bias_gradient:
+        leaves.append(bias.detach().requires_grad_(claims.backward))
+        options = {**options, "bias": leaves[-1]}
+    q, k, v = leaves[:3]
+    out, lse = target.attend(problem._replace(q=q, k=k, v=v, options=options))
+    results = Results(out.detach(), None if lse is None or not claims.lse else lse.detach())
+    if not claims.backward:
+        return results
+    outputs, grads = [out], [problem.dout]
+    if claims.lse_gradient:
+        assert lse is not None, f"{target.name} claims a gradient of lse and returns none"
+        outputs, grads = [out, lse], [problem.dout, problem.dlse]
+    dq, dk, dv, *dbias = torch.autograd.grad(outputs, leaves, grads)
+    four_axes = [x[(None,) * (4 - x.ndim)] for x in dbias]
+    return Results(*results[:2], dq, dk, dv, *four_axes)
+
+
+def expected(problem: Problem, claims: Capabilities | None = None) -> Oracle:
+    """The oracle's answer to the same question: without a gradient of lse where none is claimed."""
+    inputs, spec = problem.prepared()
+    dlse = problem.dlse if claims is None or claims.lse_gradient else None
+    return solve(inputs, spec, problem.dout, dlse)

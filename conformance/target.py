@@ -1,0 +1,125 @@
+"""What is checked: an attention function, what it claims to take, and how a `Problem` is put to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .budget import Arithmetic
+from .cases import Case, Problem
+
+Attend = Callable[[Problem], tuple[Tensor, "Tensor | None"]]
+"""(out, lse or None) of a problem, attached to its q, k, v and bias."""
+
+Alignment = Literal["bottom-right", "top-left"]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a function claims to take. It is only asked what it claims, and held to all of that.
+
+    alignments: where the last query stands with causal or a window; both if it can be told. rectangular:
+    seqlen_q may differ from seqlen_k. different_head_dims: v's may differ from q's. any_strides: q, k, v
+    need not be contiguous. mask_and_causal: both in one call, ANDed. lse: it returns one; lse_gradient:
+    which is differentiable. dropout: with an int seed; the elements it drops are those of this package
+    (`same_dropout`) or its own. empty: sizes of 0. arithmetic: see `budget`.
+    """
+
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
+    head_dims: tuple[int, ...] | None = None
+    max_head_dim: int = 256
+    alignments: tuple[Alignment, ...] = ("bottom-right",)
+    arithmetic: Arithmetic = "kernel"
+    backward: bool = True
+    batch: bool = True
+    rectangular: bool = True
+    different_head_dims: bool = False
+    any_strides: bool = True
+    empty: bool = False
+    scale: bool = True
+    gqa: bool = False
+    causal: bool = False
+    window: bool = False
+    mask: bool = False
+    mask_and_causal: bool = False
+    empty_rows: bool = True
+    nan_in_hidden_keys: bool = True
+    key_lengths: bool = False
+    bias: bool = False
+    bias_gradient: bool = False
+    softcap: bool = False
+    dropout: bool = False
+    same_dropout: bool = False
+    lse: bool = False
+    lse_gradient: bool = False
+
+
+_CLAIMS: dict[str, Any] = {field.name: True for field in fields(Capabilities) if field.type == "bool"}
+EVERYTHING = Capabilities(alignments=("bottom-right", "top-left"), **_CLAIMS)
+
+
+@dataclass(frozen=True)
+class Target:
+    """An attention function under test. note: what a reader must know, "a stand-in" say."""
+
+    name: str
+    attend: Attend
+    capabilities: Capabilities
+    note: str = ""
+
+    def refusal(self, case: Case, dtype: torch.dtype) -> str | None:
+        """Why a case is not asked; None if it is."""
+        claims, aligned = self.capabilities, case.causal or case.window is not None
+        head_dims = {case.head_dim, case.head_dim_v or case.head_dim}
+        alignment = "top-left" if case.top_left else "bottom-right"
+        square = case.seqlen_q == case.seqlen_k
+        needs = {
+            f"dtype {dtype}": dtype in claims.dtypes,
+            "head_dim": max(head_dims) <= claims.max_head_dim
+            and (claims.head_dims is None or head_dims <= {*claims.head_dims}),
+            "different_head_dims": claims.different_head_dims or len(head_dims) == 1,
+            "rectangular": claims.rectangular or square,
+            f"alignment {alignment}": not aligned or square or alignment in claims.alignments,
+            "batch": claims.batch or case.batch == 1,
+            "empty": claims.empty or 0 not in (case.batch, case.seqlen_q, case.seqlen_k),
+            "any_strides": claims.any_strides or case.layout == "bhsd",
+            "scale": claims.scale or case.scale is None,
+            "gqa": claims.gqa or case.heads_q == case.heads_kv,
+            "causal": claims.causal or not case.causal,
+            "window": claims.window or case.window is None,
+            "mask": claims.mask or case.mask is None,
+            "mask_and_causal": claims.mask_and_causal or case.mask is None or not aligned,
+            "key_lengths": claims.key_lengths or case.key_lengths is None,
+            "bias": claims.bias or case.bias is None,
+            "softcap": claims.softcap or case.softcap is None,
+            "dropout": claims.same_dropout or case.dropout_p == 0.0,
+            "empty_rows": claims.empty_rows or not case.build(torch.float32).has_empty_rows(),
+        }
+        return next((name for name, met in needs.items() if not met), None)
+
+
+def target(function: Callable[..., Any], name: str | None = None, **capabilities: Any) -> Target:
+    """A function `fn(q, k, v, **options) -> out or (out, lse)` with this package's names and layout.
+
+    Only the options that a problem has are passed, out of `undivided.attention`'s: causal, window, mask,
+    key_lengths, bias, softcap, scale, dropout_p and seed. q, k, v: (batch, heads, seqlen, head_dim).
+    capabilities: fields of `Capabilities`.
+
+    Raises:
+        TypeError: an unknown capability.
+    """
+    known = [field.name for field in fields(Capabilities)]
+    for key in capabilities:
+        if key not in known:
+            raise TypeError(f"unknown capability {key!r}; there are {', '.join(known)}")
+
+    def attend(problem: Problem) -> tuple[Tensor, Tensor | None]:
+        answer = function(problem.q, problem.k, problem.v, **problem.given_options())
+        return answer if isinstance(answer, tuple) else (answer, None)
+
+    name = name or str(getattr(function, "__name__", "attention"))
+    return Target(name, attend, Capabilities(**capabilities))
