@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
 from . import evidence, flops
@@ -70,7 +71,7 @@ def _somebody_listens(inputs: Inputs) -> bool:
     q, k, v = inputs[:3]
     return bool(
         torch._C._len_torch_dispatch_stack()
-        or torch.autograd._profiler_enabled()
+        or _profiler_enabled()
         or not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN)
         or q.is_meta
         or torch._C._get_tracing_state()
