@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from . import dispatch, evidence
@@ -69,33 +70,25 @@ def explain(
 ) -> Explanation:
     """Which implementation `attention` would run for these arguments, and why each other one would not.
 
-    Takes what `attention` takes, meta tensors too. Raises what `attention` raises for wrong input; an
-    impl= that cannot take the call is explained, not raised.
+    Takes what `attention` takes; meta tensors stand for a GPU's, on machines that have none. Raises what
+    `attention` raises for wrong input; an impl= that cannot take the call is explained, not raised.
     """
     check_want(want)
     if options.get("seed") is None:
         options["seed"] = 0  # drawing one would move PyTorch's generator
     inputs, spec = prepare(q, k, v, options)
     order = options.get("impl") or dispatch.DEFAULT_IMPL
-    chosen: str | None
-    try:
-        choice = dispatch.choose(order, inputs, spec)
-        chosen = "triton" if choice == "auto" else choice
-    except NotImplementedError:
-        chosen = None
-    reasons = {
-        name: dispatch.unsupported_reasons(name, inputs, spec)
-        or [_passed_over(name, order, inputs.q.device.type)]
-        for name in IMPLEMENTATIONS
-        if name != chosen
-    }
+    reasons = {name: dispatch.unsupported_reasons(name, inputs, spec) for name in IMPLEMENTATIONS}
+    chosen = _chosen(order, inputs, spec)
     seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
     shapes = inputs.q.shape, inputs.k.shape, inputs.v.shape
     return Explanation(
         call=_describe(inputs, spec),
         chosen=chosen,
-        reasons=reasons,
-        evidence=evidence.state_of(chosen, evidence.architecture(inputs.q.device)) if chosen else "none",
+        reasons={
+            name: found or [_passed_over(name, order)] for name, found in reasons.items() if name != chosen
+        },
+        evidence=_evidence(chosen, inputs.q.device),
         flops_forward=forward_flops(*shapes, spec),
         flops_backward=backward_flops(*shapes, spec),
         bytes_forward=_bytes(inputs),
@@ -104,14 +97,33 @@ def explain(
     )
 
 
-def _passed_over(name: str, order: str, device_type: str) -> str:
+def _chosen(order: str, inputs: Inputs, spec: AttentionSpec) -> str | None:
+    try:
+        chosen = dispatch.choose(order, inputs, spec)
+    except NotImplementedError:
+        return None
+    if order == "auto" and inputs.q.is_meta and not dispatch.unsupported_reasons("triton", inputs, spec):
+        return "triton"
+    return "triton" if chosen == "auto" else chosen
+
+
+def _evidence(chosen: str | None, device: torch.device) -> str:
+    """The state on this machine; for meta tensors, on every kind of GPU that it was tried for."""
+    if chosen is None:
+        return "none"
+    if device.type != "meta":
+        return evidence.state_of(chosen, evidence.architecture(device))
+    tried = {entry.architecture for entry in evidence.records() if entry.implementation == chosen} - {"cpu"}
+    states = (f"{name} {evidence.state_of(chosen, name)}" for name in sorted(tried))
+    return f"on a CUDA GPU: {', '.join(states) or evidence.NO_EVIDENCE}"
+
+
+def _passed_over(name: str, order: str) -> str:
     if order != "auto":
         return f"impl={order!r} was asked for"
     if name == "reference":
         return "the reference keeps seqlen_q x seqlen_k tensors and runs only when asked for"
     if name == "triton":
-        if device_type == "meta":
-            return "it would take the call on a CUDA GPU"
         return "on CPU the interpreter runs only when asked for"
     return "a kernel takes the call"
 
@@ -123,9 +135,9 @@ def _describe(inputs: Inputs, spec: AttentionSpec) -> str:
     ]
     if spec.left is not None or spec.right is not None:
         parts.append(f"window ({spec.left}, {spec.right}), {'top-left' if spec.top_left else 'bottom-right'}")
-    parts += [name for name, x in inputs._asdict().items() if x is not None and name not in "qkv"]
+    parts += [name for name in ("mask", "key_lengths", "bias") if getattr(inputs, name) is not None]
     parts += [f"{name} {getattr(spec, name)}" for name in ("softcap", "dropout_p") if getattr(spec, name)]
-    return "; ".join(parts)
+    return "; ".join([*parts, f"scale {spec.scale:g}"])
 
 
 def _bytes(inputs: Inputs) -> int:
