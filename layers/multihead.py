@@ -23,8 +23,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     - `is_causal` replaces `attn_mask` wherever its meaning is clear, that is with as many queries as keys
       and neither `add_bias_kv` nor `add_zero_attn`, also beside a padding mask and with `need_weights=True`.
     - Dropout draws from PyTorch's generator, but not the same elements as PyTorch's.
-    - Nested tensors are refused, thus `nn.TransformerEncoder` needs `enable_nested_tensor=False` if it is to
-      take padded batches without gradients.
+    - Nested tensors are refused. `nn.TransformerEncoder` makes them of padded batches without gradients:
+      build it with `enable_nested_tensor=False`, or set its `use_nested_tensor = False`.
     """
 
     def __init__(
@@ -199,8 +199,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         for (name, features), x in zip(sizes.items(), (query, key, value)):
             if x.is_nested:
                 raise TypeError(
-                    f"{name} must be a dense tensor, got a nested one; inside nn.TransformerEncoder "
-                    "set its use_nested_tensor to False"
+                    f"{name} must be a dense tensor, got a nested one; build nn.TransformerEncoder with "
+                    "enable_nested_tensor=False, or set its use_nested_tensor = False"
                 )
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != features:
                 raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..kernels.explain import explain
 from ..kernels.functional import attention
 
 
@@ -21,12 +22,13 @@ class SelfAttention(nn.Module):
             None = `num_heads`.
         head_dim: Features per head. None = `embed_dim // num_heads`.
         bias: Whether both projections have an additive bias.
-        dropout: Probability of dropping an attention weight in training.
+        dropout: Probability of dropping an attention weight in training, `dropout_p` of `attention`.
         causal, window, softcap, scale, impl: As in `attention`.
         device, dtype: Of the parameters.
 
     Raises:
-        ValueError: sizes that do not fit together, or `dropout` outside [0, 1].
+        ValueError: sizes that do not fit together.
+        ValueError, TypeError: an option that `attention` would not take.
     """
 
     def __init__(
@@ -63,8 +65,18 @@ class SelfAttention(nn.Module):
             head_dim = embed_dim // num_heads
         if head_dim < 1:
             raise ValueError(f"head_dim must be at least 1, got {head_dim}")
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
+        example = torch.empty(1, num_heads, 1, head_dim, device="meta")
+        explain(  # refuses what `forward` would refuse, in the same words
+            example,
+            example,
+            example,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+            scale=scale,
+            dropout_p=dropout,
+            impl=impl,
+        )
         super().__init__()
         self.embed_dim, self.head_dim = embed_dim, head_dim
         self.num_heads, self.num_heads_kv = num_heads, num_heads_kv

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from undivided import attention
+from undivided.kernels import dispatch
 from undivided.layers import MultiheadAttention, SelfAttention
 
 
@@ -116,6 +120,34 @@ def test_self_attention_drops_only_in_training() -> None:
 def test_wrong_sizes_are_named(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SelfAttention(**arguments)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": (-1, 0)},
+        {"window": 3},
+        {"softcap": 0.0},
+        {"scale": float("nan")},
+        {"scale": "large"},
+        {"impl": "tritn"},
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused_when_the_layer_is_made(options: dict[str, Any]) -> None:
+    """Catches a layer that is built, saved and loaded, and fails at its first batch; words that differ."""
+    x = torch.zeros(1, 1, 2, 4)
+    with pytest.raises((ValueError, TypeError)) as expected:
+        attention(x, x, x, **options)
+    with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+        SelfAttention(8, 2, **options)
+
+
+def test_a_layer_can_be_made_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a check at construction that asks for the machine of the first call."""
+    monkeypatch.setattr(dispatch, "_triton_is_missing", lambda device: ("triton is not installed",))
+    layer = SelfAttention(8, 2, impl="triton", device="meta")
+    assert layer.impl == "triton"
 
 
 def test_wrong_input_is_named() -> None:

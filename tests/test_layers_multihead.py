@@ -346,8 +346,17 @@ def test_wrong_input_is_named(change: dict[str, Any], error: type[Exception], me
         ours(**{**arguments, **change})
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_nested_tensors_are_refused_with_the_way_out() -> None:
-    _, ours = pair(batch_first=True)
-    x = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(4, E)], layout=torch.jagged)
-    with pytest.raises(TypeError, match="use_nested_tensor"):
-        ours(x, x, x)
+    """Catches advice that does not help: PyTorch's argument is no attribute that forward reads."""
+    layer = nn.TransformerEncoderLayer(E, H, 32, batch_first=True).eval()
+    MultiheadAttention.adopt(layer.self_attn)
+    encoder, x = nn.TransformerEncoder(layer, 1).eval(), torch.randn(N, L, E)
+    padding = torch.arange(L) >= torch.tensor([[L], [L - 2]])
+    with torch.no_grad():
+        with pytest.raises(TypeError, match=r"enable_nested_tensor=False, or .* use_nested_tensor = False"):
+            encoder(x, src_key_padding_mask=padding)
+        encoder.use_nested_tensor = False
+        out = encoder(x, src_key_padding_mask=padding)
+        encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+        torch.testing.assert_close(encoder(x, src_key_padding_mask=padding), out)
