@@ -45,7 +45,6 @@ _SCHEMA_TYPES = {
 
 def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable once in q, k, v and bias."""
-    operator = _forward_op if _somebody_listens(inputs) else _forward
     q, k, v, bias = inputs[:4]
     function: Any = None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -55,7 +54,7 @@ def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, T
     ):
         function = _Attention
     if function is None:
-        return operator(*inputs, *spec, impl)
+        return (_forward_op if _somebody_listens(inputs) else _forward)(*inputs, *spec, impl)
     return function.apply(*inputs, spec._replace(want_lse=True), impl)
 
 
@@ -68,17 +67,17 @@ def _somebody_listens(inputs: Inputs) -> bool:
         return True
     if "torch.utils.flop_counter" in sys.modules:
         flops.register(NAMESPACE)
-    q, k, v = inputs[:3]
     return bool(
         torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or _profiler_enabled()
-        or not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN)
-        or q.is_meta
+        or not _PLAIN.issuperset(map(type, inputs))
+        or inputs.q.is_meta
         or torch._C._get_tracing_state()
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 class _Attention(torch.autograd.Function):
@@ -170,24 +169,29 @@ def _gradients(
     return (*wanted, *(None,) * (N_INPUTS - 4 + 2))
 
 
+# As PyTorch's own kernels: above it, a result that is a transposed view refuses to be edited in place.
+_below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
+
+
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     """Body of undivided::forward."""
     inputs, spec, impl = Inputs(*args[:N_INPUTS]), AttentionSpec(*args[N_INPUTS:-1]), args[-1]
-    if _is_empty(inputs):
-        out, lse = _allocate_forward(*args)
-        return out.zero_(), lse.fill_(-torch.inf)
-    if impl == "auto":
-        _say_if_untried(inputs.q.device)
-    return _first_that_compiles(impl, "attention_forward", inputs, spec)
+    with _below_autograd():
+        if _is_empty(inputs):
+            out, lse = _allocate_forward(*args)
+            return out.zero_(), lse.fill_(-torch.inf)
+        if impl == "auto":
+            _say_if_untried(inputs.q.device)
+        return _first_that_compiles(impl, "attention_forward", inputs, spec)
 
 
 def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Body of undivided::backward. A gradient nobody needs is an empty tensor."""
     *rest, impl, needs = args
     inputs, spec = Inputs(*rest[:N_INPUTS]), AttentionSpec(*rest[N_INPUTS:])
-    if _is_empty(inputs):
-        return tuple(g.zero_() for g in _allocate_backward(dout, dlse, out, lse, *args))
-    with torch.autocast(dout.device.type, enabled=False):
+    with _below_autograd(), torch.autocast(dout.device.type, enabled=False):
+        if _is_empty(inputs):
+            return tuple(g.zero_() for g in _allocate_backward(dout, dlse, out, lse, *args))
         grads: Gradients = _first_that_compiles(
             impl, "attention_backward", dout, dlse, out, lse, inputs, spec, tuple(needs)
         )

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -267,6 +273,109 @@ def test_saved_tensors_notice_in_place_edits() -> None:
     x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("layout", ["BHSD", "BSHD"])
+@pytest.mark.parametrize("impl", ["sdpa", "fallback", "triton"])
+@pytest.mark.parametrize("heads_kv", [4, 2])
+def test_results_are_edited_in_place_like_those_of_sdpa(impl: str, layout: str, heads_kv: int) -> None:
+    """A result that autograd takes for a view made without gradients, or by a Function, refuses edits."""
+
+    def call(q: Tensor, k: Tensor) -> Tensor:
+        if impl == "sdpa":
+            return F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+        return attention(q, k, k, impl=impl)
+
+    sizes = ((2, 4, 5, 16), (2, heads_kv, 7, 16))
+    q, k = (torch.randn(b, s, h, d).transpose(1, 2) for b, h, s, d in sizes)
+    if layout == "BHSD":
+        q, k = q.contiguous(), k.contiguous()
+    plain = call(q, k)
+    weight = torch.full((), 2.0, requires_grad=True)
+    with torch.no_grad():
+        out = call(q, k)
+    assert torch.equal(out.mul_(weight), 2 * plain)
+    with torch.inference_mode():
+        assert torch.equal(call(q, k).mul_(2), 2 * plain)
+    out = call(q.requires_grad_(), k)
+    assert torch.equal(out.mul_(weight), 2 * plain)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+class HeardError(Exception):
+    """Raised by the first operator that a `Listening` tensor meets."""
+
+
+class Listening(Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise HeardError(str(function))
+
+
+class DispatchLog(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class FunctionLog(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class TestWhoeverListensHearsTheOperator:
+    """Eager calls go straight to the operator's body; each listener must switch that off."""
+
+    q = torch.randn(1, 2, 5, 8)
+    operator = "undivided.forward.default"
+
+    @pytest.mark.parametrize("mode", [DispatchLog, FunctionLog])
+    @pytest.mark.parametrize("requires_grad", [False, True])
+    def test_modes(self, mode: type[DispatchLog] | type[FunctionLog], requires_grad: bool) -> None:
+        q = self.q.clone().requires_grad_(requires_grad)
+        with mode() as log:
+            attention(q, q, q)
+        assert self.operator in log.calls
+
+    @pytest.mark.parametrize("argument", ["q", "k", "v", "bias", "mask", "key_lengths", "seed"])
+    def test_tensor_subclasses(self, argument: str) -> None:
+        options = {
+            "mask": torch.ones(5, 5).bool(),
+            "bias": torch.zeros(5, 5),
+            "key_lengths": torch.tensor([3]),
+            "dropout_p": 0.5,
+        }
+        inputs, spec = functional.prepare(self.q, self.q, self.q, options)
+        inputs = inputs._replace(**{argument: getattr(inputs, argument).as_subclass(Listening)})
+        with pytest.raises(HeardError, match=self.operator):
+            ops.attention(inputs, spec, "fallback")
+
+    def test_profiler(self) -> None:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            attention(self.q, self.q, self.q)
+        assert "undivided::forward" in {event.key for event in profile.key_averages()}
+
+    @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+    def test_make_fx(self, tracing_mode: str) -> None:
+        graph = make_fx(lambda q: attention(q, q, q, causal=True), tracing_mode=tracing_mode)(self.q).graph
+        assert self.operator in {str(node.target) for node in graph.nodes}
+
+    def test_fake_tensors(self) -> None:
+        """Inside their mode and after it: the body would read memory that is not there."""
+        with FakeTensorMode() as mode:
+            q = mode.from_tensor(self.q)
+            assert attention(q, q, q).shape == q.shape
+        assert type(attention(q, q, q)) is type(q)
 
 
 def test_flop_counter_counts_visible_scores_only() -> None:
