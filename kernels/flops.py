@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .masks import visible_scores
 from .spec import AttentionSpec, Inputs
@@ -21,6 +22,19 @@ def forward_flops(q_shape: Any, k_shape: Any, v_shape: Any, spec: AttentionSpec)
 def backward_flops(q_shape: Any, k_shape: Any, v_shape: Any, spec: AttentionSpec) -> int:
     """Five products over the visible scores: three with head_dim, two with head_dim_v."""
     return _flops(q_shape, k_shape, v_shape, spec, products_qk=3, products_v=2)
+
+
+def teach(namespace: str) -> None:
+    """Tell the counters that are active how to count; each copied the known formulas when it was made."""
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+    register(namespace)
+    operators = getattr(torch.ops, namespace)
+    for mode in _get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, FlopCounterMode):
+            for operator in (operators.forward, operators.backward):
+                counter.flop_registry.setdefault(operator, flop_registry[operator])
 
 
 @functools.cache

@@ -45,6 +45,7 @@ _SCHEMA_TYPES = {
 
 def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable once in q, k, v and bias."""
+    operator = _forward_op if _somebody_listens(inputs) else _forward
     q, k, v, bias = inputs[:4]
     function: Any = None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -54,7 +55,7 @@ def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, T
     ):
         function = _Attention
     if function is None:
-        return (_forward_op if _somebody_listens(inputs) else _forward)(*inputs, *spec, impl)
+        return operator(*inputs, *spec, impl)
     return function.apply(*inputs, spec._replace(want_lse=True), impl)
 
 
@@ -65,11 +66,12 @@ def _somebody_listens(inputs: Inputs) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    if "torch.utils.flop_counter" in sys.modules:
-        flops.register(NAMESPACE)
+    if torch._C._len_torch_dispatch_stack():
+        if "torch.utils.flop_counter" in sys.modules:
+            flops.teach(NAMESPACE)
+        return True
     return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        torch._C._len_torch_function_stack()
         or _profiler_enabled()
         or not _PLAIN.issuperset(map(type, inputs))
         or inputs.q.is_meta

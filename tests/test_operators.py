@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -386,6 +389,23 @@ def test_flop_counter_counts_visible_scores_only() -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         attention(q, q, q, causal=True)
     assert counter.get_total_flops() == 2 * 2 * (64 * 65 // 2) * 16 * 2
+
+
+def test_the_first_call_of_a_process_is_counted(tmp_path: Path) -> None:
+    """A counter copies the formulas it knows when it is made: that may be before the first call."""
+    code = """
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from undivided import attention
+q = torch.randn(1, 2, 64, 16)
+with FlopCounterMode(display=False) as counter:
+    torch.func.grad(lambda q: attention(q, q, q).sum())(q)
+print(counter.get_total_flops())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == str(2 * 2 * 64 * 64 * 16 * (2 + 5)), done.stderr
 
 
 def test_autocast_casts_q_k_v_but_not_bias() -> None:
