@@ -86,8 +86,9 @@ def attention(
         mask: bool, True = may attend; broadcasts, right-aligned, to (batch, heads_q, seqlen_q, seqlen_k).
         key_lengths: int (batch,): keys at or past it are hidden; moves no position.
         bias: float, added to the scores in float32; broadcasts like mask; differentiable.
-        softcap: scores become softcap·tanh(scores / softcap) before the bias (Gemma 2 report, section 2).
-        scale: any finite number; 1/sqrt(head_dim) by default.
+        softcap: scores become softcap·tanh(scores / softcap) before the bias (Gemma 2 report, section 2);
+            from 2**-60 to 2**60.
+        scale: any number up to 2**60 in magnitude; 1/sqrt(head_dim) by default.
         dropout_p: probability of dropping a weight, in [0, 1]; the others grow by 1/(1 - dropout_p).
         seed: int or int64 tensor that decides which are dropped; drawn from PyTorch's generator if None.
         check: also check values that live on the device (key_lengths); synchronises.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 IMPLEMENTATIONS = ("reference", "fallback", "triton")
 STATISTICS = ("lse",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST = 2.0**60
+"""Of |scale|, softcap and 1/softcap: products and quotients of two of them still fit into float32."""
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -163,19 +166,18 @@ def make_spec(
         TypeError, ValueError: an option is not what it must be; the message names it.
     """
     left, right = _window(options["window"])
-    if options["causal"]:
+    if _is_true("causal", options["causal"]):
         right = 0 if right is None else min(right, 0)
-    scale, softcap, dropout_p = options["scale"], options["softcap"], options["dropout_p"]
-    for name, number in (("scale", scale), ("softcap", softcap), ("dropout_p", dropout_p)):
-        if number is not None and not isinstance(number, (int, float)):
-            raise TypeError(f"{name} must be a number or None, got {type(number).__name__}")
+    scale = _number("scale", options["scale"])
+    softcap = _number("softcap", options["softcap"])
+    dropout_p = _number("dropout_p", options["dropout_p"])
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
-    elif not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be a finite number, got {scale}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a finite number > 0 or None, got {softcap}")
-    if not 0.0 <= dropout_p <= 1.0:
+    elif not -LARGEST <= scale <= LARGEST:
+        raise ValueError(f"scale must be a finite number, at most 2**60 in magnitude, got {scale}")
+    if softcap is not None and not 1 / LARGEST <= softcap <= LARGEST:
+        raise ValueError(f"softcap must be a finite number > 0, from 2**-60 to 2**60, or None, got {softcap}")
+    if dropout_p is None or not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
     return AttentionSpec(
         float(scale),
@@ -263,7 +265,7 @@ def _make_seed(q: Tensor, options: AttentionOptions) -> Tensor | None:
             )
         if seed.device != q.device:
             raise ValueError(f"seed must be on {q.device} like q, got {seed.device}")
-    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, Integral))):
         raise TypeError(f"seed must be an int or an int64 tensor, got {type(seed).__name__}")
     if options["dropout_p"] == 0.0:
         return None
@@ -273,6 +275,7 @@ def _make_seed(q: Tensor, options: AttentionOptions) -> Tensor | None:
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=q.device)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
+    seed = int(seed)
     return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=q.device)
 
 
@@ -281,14 +284,34 @@ def _window(window: tuple[int | None, int | None] | None) -> tuple[int | None, i
         return None, None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window must be a pair (left, right) or None, got {window!r}")
-    for name, side in (("left", window[0]), ("right", window[1])):
-        if side is None:
-            continue
-        if isinstance(side, bool) or not isinstance(side, int):
-            raise TypeError(f"window {name} must be an int or None, got {side!r}")
-        if side < 0:
-            raise ValueError(f"window {name} must be >= 0, or None for unbounded, got {side}")
-    return window[0], window[1]
+    return _side("left", window[0]), _side("right", window[1])
+
+
+def _side(name: str, side: int | None) -> int | None:
+    if side is None:
+        return None
+    if isinstance(side, bool) or not isinstance(side, (int, Integral)):
+        raise TypeError(f"window {name} must be an int or None, got {side!r}")
+    if side < 0:
+        raise ValueError(f"window {name} must be >= 0, or None for unbounded, got {side}")
+    return int(side)
+
+
+def _number(name: str, number: float | None) -> float | None:
+    if number is None or isinstance(number, (int, float)):
+        return number
+    if isinstance(number, Real):  # NumPy's among others
+        return float(number)
+    raise TypeError(f"{name} must be a number or None, got {type(number).__name__}")
+
+
+def _is_true(name: str, flag: object) -> bool:
+    """The value of a bool, Python's, NumPy's or a traced one; what else has a truth value may be a slip."""
+    if isinstance(flag, (bool, torch.SymBool)):
+        return bool(flag)
+    if str(getattr(flag, "dtype", "")) == "bool" and getattr(flag, "shape", None) == ():
+        return bool(flag)
+    raise TypeError(f"{name} must be a bool, got {flag!r}")
 
 
 def like(x: Tensor, head_dim: int) -> Tensor:

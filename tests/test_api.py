@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from typing import Any
 
@@ -86,11 +87,34 @@ WRONG = [
     (Q, K, K, {"window": 3}, TypeError, "window must be a pair"),
     (Q, K, K, {"window": (-1, 0)}, ValueError, "window left must be >= 0, or None for unbounded, got -1"),
     (Q, K, K, {"window": (0, 1.5)}, TypeError, "window right must be an int or None, got 1.5"),
-    (Q, K, K, {"scale": NAN}, ValueError, "scale must be a finite number, got nan"),
-    (Q, K, K, {"scale": INF}, ValueError, "scale must be a finite number, got inf"),
+    (Q, K, K, {"scale": NAN}, ValueError, "scale must be a finite number.* got nan"),
+    (Q, K, K, {"scale": INF}, ValueError, "scale must be a finite number.* got inf"),
+    (Q, K, K, {"scale": 1e300}, ValueError, r"scale must be .* at most 2\*\*60 in magnitude, got 1e\+300"),
+    (Q, K, K, {"scale": -1e38}, ValueError, r"scale must be .* at most 2\*\*60 in magnitude, got -1e\+38"),
+    (
+        Q,
+        K,
+        K,
+        {"softcap": 1e300},
+        ValueError,
+        r"softcap must be .* 2\*\*-60 to 2\*\*60, or None, got 1e\+300",
+    ),
+    (
+        Q,
+        K,
+        K,
+        {"softcap": 1e-300},
+        ValueError,
+        r"softcap must be .* 2\*\*-60 to 2\*\*60, or None, got 1e-300",
+    ),
+    (Q, K, K, {"causal": 1}, TypeError, "causal must be a bool, got 1"),
+    (Q, K, K, {"causal": "no"}, TypeError, "causal must be a bool, got 'no'"),
+    (Q, K, K, {"causal": torch.tensor(True)}, TypeError, "causal must be a bool, got tensor"),
+    (Q, K, K, {"scale": torch.tensor(1.0)}, TypeError, "scale must be a number or None, got Tensor"),
     (Q, K, K, {"scale": "1"}, TypeError, "scale must be a number or None, got str"),
-    (Q, K, K, {"softcap": 0.0}, ValueError, "softcap must be a finite number > 0 or None, got 0.0"),
+    (Q, K, K, {"softcap": 0.0}, ValueError, "softcap must be a finite number > 0.* got 0.0"),
     (Q, K, K, {"softcap": NAN}, ValueError, "softcap must be a finite number > 0"),
+    (Q, K, K, {"dropout_p": None}, ValueError, r"dropout_p must lie in \[0, 1\], got None"),
     (Q, K, K, {"dropout_p": 1.5}, ValueError, r"dropout_p must lie in \[0, 1\], got 1.5"),
     (Q, K, K, {"dropout_p": -0.1}, ValueError, "dropout_p must lie in"),
     (Q, K, K, {"dropout_p": NAN}, ValueError, "dropout_p must lie in"),
@@ -137,6 +161,41 @@ def test_an_order_that_cannot_be_followed_lists_every_reason(monkeypatch: pytest
     assert explanation.chosen is None
     assert "triton is not installed" in str(explanation)
     assert attention(wide, wide, wide).shape == wide.shape, "auto must find somebody"
+
+
+@pytest.mark.parametrize("impl", ["reference", "fallback", "triton"])
+@pytest.mark.parametrize("softcap", [None, 2.0**-60, 2.0**60])
+@pytest.mark.parametrize("scale", [2.0**60, -(2.0**60), 2.0**-60, 1e-300, -1e-300, 0.0])
+def test_extreme_scales(scale: float, softcap: float | None, impl: str, device: torch.device) -> None:
+    """A scale that overflows on its way into the scores gives NaN, one that vanishes must act like 0."""
+    q = torch.eye(6, 16, device=device)[None, None].requires_grad_()  # scores are scale or 0
+    v = torch.randn(1, 1, 6, 16, device=device)
+    stats = attention(q, q, v, scale=scale, softcap=softcap, want=("lse",), impl=impl)
+    score = scale if softcap is None else softcap * math.tanh(scale / softcap)
+    scores = score * torch.eye(6, dtype=torch.float64, device=device)
+    torch.testing.assert_close(stats.out.double(), scores.softmax(-1) @ v.double(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats.lse.double(), scores.logsumexp(-1)[None, None], atol=1e-5, rtol=1e-5)
+    (dq,) = torch.autograd.grad(stats.out.sum(), q)
+    assert dq.isfinite().all()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """Configurations hold np.float32(0.5): refused as no number, or passed on to a kernel as it is."""
+    numpy = pytest.importorskip("numpy", reason="numpy is optional")
+    plain = {"scale": 0.5, "softcap": 2.0, "dropout_p": 0.25, "window": (3, 1), "seed": 5, "causal": True}
+    theirs = {
+        "scale": numpy.float32(0.5),
+        "softcap": numpy.float16(2),
+        "dropout_p": numpy.float64(0.25),
+        "window": (numpy.int64(3), numpy.int32(1)),
+        "seed": numpy.uint64(5),
+        "causal": numpy.bool_(True),
+    }
+    inputs, spec = functional.prepare(Q, K, K, theirs)
+    expected, expected_spec = functional.prepare(Q, K, K, plain)
+    assert spec == expected_spec
+    assert [type(x) for x in spec] == [type(x) for x in expected_spec]
+    assert torch.equal(inputs.seed, expected.seed)
 
 
 def test_interpreter_refuses_bfloat16() -> None:
