@@ -16,10 +16,12 @@ from torch import Tensor
 from . import dispatch
 from .spec import (
     DEFAULTS,
+    DTYPES,
     AttentionOptions,
     AttentionSpec,
     AttentionStats,
     Inputs,
+    as_bool,
     check_tensor,
     check_want,
     make_inputs,
@@ -48,7 +50,7 @@ def with_options(call: _F) -> _F:
             DEFAULTS.items(), AttentionOptions.__annotations__.values(), strict=True
         )
     ]
-    call.__signature__ = signature.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
+    vars(call)["__signature__"] = signature.replace(parameters=[*named, *options])
     return call
 
 
@@ -131,12 +133,12 @@ def scaled_dot_product_attention(
         check_tensor(name, x)
         if x.ndim < 2:
             raise ValueError(f"{name} must have at least 2 axes (seqlen, head_dim), got {tuple(x.shape)}")
-    if is_causal and attn_mask is not None:
+    if as_bool("is_causal", is_causal) and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal is True, as in PyTorch")
     lead = _leading_axes(query, key, value, enable_gqa)
     q, k, v = (_to_four_axes(x, lead, enable_gqa) for x in (query, key, value))
     if attn_mask is not None:
-        check_tensor("attn_mask", attn_mask)
+        _check_attn_mask(attn_mask, query.device, (*lead, query.shape[-2], key.shape[-2]))
         if attn_mask.ndim > 3 and len(lead) > 2:
             attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-2:])
             attn_mask = attn_mask.reshape(-1, *attn_mask.shape[-3:])
@@ -146,6 +148,17 @@ def scaled_dot_product_attention(
     inputs, spec = prepare(q, k, v, options, top_left=True, want_lse=False)
     out, _ = _run(inputs, spec, None)
     return out if query.ndim == 4 and len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+
+
+def _check_attn_mask(attn_mask: Tensor, device: torch.device, scores: tuple[int, ...]) -> None:
+    """What `prepare` checks of a mask and of a bias, in the words of who passed attn_mask."""
+    check_tensor("attn_mask", attn_mask, device)
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in DTYPES:
+        raise TypeError(f"attn_mask must be a bool or a float tensor, got {attn_mask.dtype}")
+    padded = (1,) * (4 - len(scores)) + scores
+    shape = attn_mask.shape
+    if len(shape) > len(padded) or any(a not in (1, b) for a, b in zip(reversed(shape), reversed(padded))):
+        raise ValueError(f"attn_mask must broadcast, right-aligned, to {scores}, got shape {tuple(shape)}")
 
 
 def prepare(

@@ -119,11 +119,9 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
         TypeError: an argument is not a tensor of a dtype it may have.
         ValueError: shapes or devices do not fit together.
     """
-    _check_qkv(q, k, v)
-    batch, heads_q, seqlen_q, _ = q.shape
-    seqlen_k = k.shape[2]
-    if k.shape[0] != batch or v.shape[0] != batch:
-        batch = max(batch, k.shape[0], v.shape[0]) if 0 not in (batch, k.shape[0], v.shape[0]) else 0
+    (batch, heads_q, seqlen_q, _), (batch_k, _, seqlen_k, _), (batch_v, _, _, _) = _checked_shapes(q, k, v)
+    if batch_k != batch or batch_v != batch:
+        batch = max(batch, batch_k, batch_v) if 0 not in (batch, batch_k, batch_v) else 0
         q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1, -1) for x in (q, k, v))
     target = (batch, heads_q, seqlen_q, seqlen_k)
     mask, bias, key_lengths = options["mask"], options["bias"], options["key_lengths"]
@@ -166,7 +164,7 @@ def make_spec(
         TypeError, ValueError: an option is not what it must be; the message names it.
     """
     left, right = _window(options["window"])
-    if _is_true("causal", options["causal"]):
+    if as_bool("causal", options["causal"]):
         right = 0 if right is None else min(right, 0)
     scale = _number("scale", options["scale"])
     softcap = _number("softcap", options["softcap"])
@@ -200,15 +198,19 @@ def check_want(want: Sequence[str] | None) -> None:
 def check_tensor(name: str, x: object, device: torch.device | None = None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else x.layout
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
     if device is not None and x.device != device:
         raise ValueError(f"{name} must be on {device} like q, got {x.device}")
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
+def _checked_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.Size, torch.Size, torch.Size]:
+    shapes = q.shape, k.shape, v.shape
+    for name, shape in zip("qkv", shapes):
+        if len(shape) != 4:
             raise ValueError(
-                f"{name} must have 4 axes (batch, heads, seqlen, head_dim), got shape {tuple(x.shape)}"
+                f"{name} must have 4 axes (batch, heads, seqlen, head_dim), got shape {tuple(shape)}"
             )
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(
@@ -217,7 +219,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if k.device != q.device or v.device != q.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
-    (bq, hq, _, dq), (bk, hk, sk, dk), (bv, hv, sv, dv) = q.shape, k.shape, v.shape
+    (bq, hq, _, dq), (bk, hk, sk, dk), (bv, hv, sv, dv) = shapes
     if dq != dk:
         raise ValueError(f"k must have q's head_dim {dq}, got {dk}")
     if dq == 0 or dv == 0:
@@ -234,6 +236,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         batch = next((b for b in (bq, bk, bv) if b != 1), 1)
         if any(b not in (1, batch) for b in (bq, bk, bv)):
             raise ValueError(f"batch sizes of q, k, v must be equal or 1, got {bq}, {bk}, {bv}")
+    return shapes
 
 
 def _four_axes(name: str, x: Tensor, target: tuple[int, int, int, int]) -> Tensor:
@@ -258,13 +261,12 @@ def _check_lengths(key_lengths: Tensor, seqlen_k: int) -> None:
 def _make_seed(q: Tensor, options: AttentionOptions) -> Tensor | None:
     seed = options["seed"]
     if isinstance(seed, Tensor):
+        check_tensor("seed", seed, q.device)
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(
                 f"seed must be an int or an int64 tensor with one element, "
                 f"got {seed.dtype} with shape {tuple(seed.shape)}"
             )
-        if seed.device != q.device:
-            raise ValueError(f"seed must be on {q.device} like q, got {seed.device}")
     elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, Integral))):
         raise TypeError(f"seed must be an int or an int64 tensor, got {type(seed).__name__}")
     if options["dropout_p"] == 0.0:
@@ -305,7 +307,7 @@ def _number(name: str, number: float | None) -> float | None:
     raise TypeError(f"{name} must be a number or None, got {type(number).__name__}")
 
 
-def _is_true(name: str, flag: object) -> bool:
+def as_bool(name: str, flag: object) -> bool:
     """The value of a bool, Python's, NumPy's or a traced one; what else has a truth value may be a slip."""
     if isinstance(flag, (bool, torch.SymBool)):
         return bool(flag)

@@ -14,5 +14,5 @@ def constant_when_traced(call: _F) -> _F:
     `torch.compiler.assume_constant_result` sets this attribute too, but imports the whole compiler,
     which takes seconds.
     """
-    call._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    vars(call)["_dynamo_marked_constant"] = True
     return call

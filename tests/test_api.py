@@ -25,6 +25,15 @@ def zeros(*shape: int, **kwargs: Any) -> Tensor:
     return torch.zeros(*shape, **kwargs)
 
 
+def nested(layout: str) -> Tensor:
+    """Of (4, 5, 8) and (4, 3, 8)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # their interface may change, says PyTorch
+        parts = [zeros(4, 5, 8), zeros(4, 3, 8)]
+        parts = parts if layout == "strided" else [x.transpose(0, 1) for x in parts]
+        return torch.nested.nested_tensor(parts, layout=getattr(torch, layout))
+
+
 Q = zeros(2, 4, 5, 8)
 K = zeros(2, 2, 7, 8)
 
@@ -51,6 +60,21 @@ WRONG = [
     ),
     (zeros(2, 2, 5, 8), zeros(2, 4, 7, 8), zeros(2, 4, 7, 8), {}, ValueError, "must be a multiple"),
     (Q, zeros(3, 2, 7, 8), zeros(3, 2, 7, 8), {}, ValueError, "batch sizes .* got 2, 3, 3"),
+    (Q.to_sparse(), K, K, {}, TypeError, "q must be a dense tensor, got a torch.sparse_coo one"),
+    (Q, K, K.to_sparse(), {}, TypeError, "v must be a dense tensor, got a torch.sparse_coo one"),
+    (nested("jagged"), K, K, {}, TypeError, "q must be a dense tensor, got a nested one"),
+    (nested("strided"), K, K, {}, TypeError, "q must be a dense tensor, got a nested one"),
+    (Q, torch.quantize_per_tensor(K, 0.1, 0, torch.qint8), K, {}, TypeError, "one dtype .* torch.qint8"),
+    (Q, K, K, {"mask": zeros(5, 7).bool().to_sparse()}, TypeError, "mask must be a dense tensor"),
+    (Q, K, K, {"key_lengths": zeros(2).int().to_sparse()}, TypeError, "key_lengths must be a dense tensor"),
+    (
+        Q,
+        K,
+        K,
+        {"dropout_p": 0.1, "seed": zeros(1).long().to_sparse()},
+        TypeError,
+        "seed must be a dense tensor",
+    ),
     (Q, K, K, {"mask": zeros(5, 7)}, TypeError, "mask must be a bool tensor .* bias="),
     (Q, K, K, {"mask": zeros(5, 7, dtype=torch.uint8)}, TypeError, "mask must be a bool tensor"),
     (
@@ -381,6 +405,34 @@ class TestScaledDotProductAttention:
             scaled_dot_product_attention(q, q, q, attn_mask=mask),
             F.scaled_dot_product_attention(q, q, q, attn_mask=mask),
         )
+
+    @pytest.mark.parametrize(
+        ("attn_mask", "error", "text"),
+        [
+            ([[True]], TypeError, "attn_mask must be a torch.Tensor, got list"),
+            (zeros(5, 5).int(), TypeError, "attn_mask must be a bool or a float tensor, got torch.int32"),
+            (zeros(5, 5, device="meta"), ValueError, "attn_mask must be on cpu like q, got meta"),
+            (zeros(5, 5).to_sparse(), TypeError, "attn_mask must be a dense tensor"),
+            (zeros(6, 5), ValueError, r"attn_mask must broadcast, .* \(2, 4, 5, 5\), got shape \(6, 5\)"),
+            (zeros(3, 1, 5, 5).bool(), ValueError, r"attn_mask must broadcast.*got shape \(3, 1, 5, 5\)"),
+            (zeros(1, 2, 4, 5, 5), ValueError, "attn_mask must broadcast"),
+        ],
+    )
+    def test_wrong_masks_are_named_as_they_were_passed(
+        self, attn_mask: Any, error: type[Exception], text: str
+    ) -> None:
+        with pytest.raises(error, match=text):
+            scaled_dot_product_attention(Q, Q, Q, attn_mask=attn_mask)
+
+    def test_wrong_masks_for_five_axes(self) -> None:
+        """PyTorch's expand would complain in its own words."""
+        q = Q.expand(3, 2, 4, 5, 8)
+        with pytest.raises(ValueError, match=r"attn_mask must broadcast, .* \(3, 2, 4, 5, 5\), got shape"):
+            scaled_dot_product_attention(q, q, q, attn_mask=zeros(2, 2, 4, 5, 5))
+
+    def test_is_causal_is_a_bool(self) -> None:
+        with pytest.raises(TypeError, match="is_causal must be a bool, got 1"):
+            scaled_dot_product_attention(Q, Q, Q, is_causal=1)
 
     def test_gqa_needs_the_flag(self) -> None:
         q, k = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
