@@ -62,6 +62,7 @@ def state_of(implementation: str, architecture: str, triton_version: str | None 
     return max(states, key=STATES.index, default=NO_EVIDENCE)
 
 
+@functools.lru_cache(maxsize=64)
 def architecture(device: torch.device) -> str:
     """Name of a kind of device: "cpu", "sm_90", "gfx942", ..."""
     if device.type != "cuda":

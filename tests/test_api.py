@@ -15,7 +15,7 @@ from torch import Tensor
 import undivided
 from undivided import attention, explain, scaled_dot_product_attention
 from undivided.__main__ import main
-from undivided.kernels import dispatch, functional, masks, ops, spec
+from undivided.kernels import dispatch, evidence, functional, masks, ops, spec
 from undivided.kernels.spec import AttentionSpec, Inputs
 
 NAN, INF = float("nan"), float("inf")
@@ -286,6 +286,13 @@ def test_kernel_that_does_not_build_falls_back_once_and_only_under_auto(
     assert out.shape == (2, 4, 5, 8)
     with pytest.raises(BuildError):
         ops.attention(inputs, options, "triton")
+
+
+def test_tiles_and_evidence_name_a_gpu_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evidence recorded for one name, tiles looked up by another."""
+    config = pytest.importorskip("undivided.kernels.triton.config", reason="triton is not installed")
+    monkeypatch.setattr(evidence, "architecture", lambda device: f"that of {device}")
+    assert config.architecture(torch.device("cuda:3")) == "that of cuda:3"
 
 
 def test_untried_hardware_is_mentioned_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ KERNELS = {
     "dispatch": {"ops", "reference", "evidence"},
     "functional": {"dispatch"},
     "explain": {"functional", "dispatch", "evidence", "flops"},
-    "triton": set(),
+    "triton": {"evidence"},
 }
 IMPORT_TRITON = {
     "kernels/triton",

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from triton.runtime.driver import driver
 
+from .. import evidence
 from ..spec import AttentionSpec, Inputs
 
 Kernel = Literal["forward", "dkdv", "dq", "dbias"]
@@ -259,14 +260,4 @@ def architecture(device: torch.device) -> str:
     if device.type == "meta":
         target = driver.active.get_current_target()
         return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
-    return _present_architecture(device)
-
-
-@lru_cache(maxsize=64)
-def _present_architecture(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return "interpreter" if device.type == "cpu" else evidence.architecture(device)
