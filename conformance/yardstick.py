@@ -1,0 +1,80 @@
+"""The field's own rule, for readers used to it: how much worse than plain PyTorch in the same dtype?
+
+It decides nothing here. It asks the largest error of a whole tensor only, it passes whatever PyTorch is bad
+at too (scores rounded to 16 bits), and it fails where PyTorch happens to be exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.masks import visible
+from ..kernels.philox import keep_mask
+from ..kernels.spec import AttentionSpec, Inputs
+from .cases import Problem
+from .oracle import Oracle, Results
+from .target import Capabilities
+
+PASSES = {"out": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0, "dbias": 3.0}
+"""The largest ratio that passes in flash-attention's tests (test_flash_attn.py), which do not ask lse."""
+
+
+def two_times_rule(
+    problem: Problem, results: Results, oracle: Oracle, claims: Capabilities | None = None
+) -> dict[str, float]:
+    """max |x - x64| over that of plain PyTorch in the dtype of q, by output; see `PASSES`.
+
+    inf where only plain PyTorch is exact, or where an error is not a number. claims: as for `expected`,
+    whose oracle this is.
+    """
+    plain = _plain_results(problem, through_lse=claims is None or claims.lse_gradient)
+    return {
+        name: _ratio(getattr(results, name), getattr(plain, name), getattr(oracle.value, name))
+        for name in PASSES
+        if getattr(results, name) is not None and getattr(results, name).numel()
+    }
+
+
+def _ratio(x: Tensor, plain: Tensor, exact: Tensor) -> float:
+    error, yardstick = (float((y.double() - exact).abs().max()) for y in (x, plain))
+    if error == 0.0:
+        return 0.0
+    return error / yardstick if error < float("inf") and yardstick > 0.0 else float("inf")
+
+
+def _plain_results(problem: Problem, through_lse: bool) -> Results:
+    inputs, spec = problem.prepared()
+    q, k, v = leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    bias = inputs.bias
+    if bias is not None:
+        bias = bias.detach().requires_grad_()
+        leaves.append(bias)
+    with torch.enable_grad():
+        out, lse = _plain(inputs._replace(q=q, k=k, v=v, bias=bias), spec)
+    dlse = problem.dlse.to(lse.dtype) if through_lse else torch.zeros_like(lse)
+    return Results(out.detach(), None, *torch.autograd.grad((out, lse), leaves, (problem.dout, dlse)))
+
+
+def _plain(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """Attention as one would write it down, every step in the dtype of q: (out, lse)."""
+    q, dtype = inputs.q * spec.scale, inputs.q.dtype
+    group = q.shape[1] // max(inputs.k.shape[1], 1)
+    k, v = (x.repeat_interleave(group, 1) for x in (inputs.k, inputs.v))
+    scores = q @ k.mT
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if inputs.bias is not None:
+        scores = scores + inputs.bias.to(dtype)
+    seen = visible(inputs, spec)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(empty, 0.0)
+    p = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
+    if spec.dropout_p:
+        assert inputs.seed is not None
+        rows, cols = range(p.shape[2]), range(p.shape[3])
+        keep = keep_mask(inputs.seed, spec.dropout_p, *p.shape[:2], rows, cols)
+        p = torch.where(keep, p / (1 - spec.dropout_p), 0.0) if spec.dropout_p < 1 else p * 0.0
+    return p @ v, torch.logsumexp(scores, dim=-1).masked_fill(empty.squeeze(-1), -torch.inf)
