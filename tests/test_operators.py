@@ -61,6 +61,21 @@ def test_opcheck(impl: str, layout: str) -> None:
         torch.library.opcheck(ops._backward_op, (*backward, needs), test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("impl", ["fallback", "triton"])
+def test_lse_may_come_back_with_other_strides(impl: str) -> None:
+    """Whoever saves it between forward and backward may lay it out anew; a kernel reads it by row number."""
+    q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 7, 16)
+    inputs, spec = functional.prepare(q, k, k, {})
+    out, lse = ops._forward_op(*inputs, *spec, impl)
+    strided = lse.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    dout, needs = torch.randn_like(out), [True, True, True, False]
+    expected = ops._backward_op(dout, lse, out, lse, *inputs, *spec, impl, needs)
+    for ours, theirs in zip(
+        ops._backward_op(dout, strided, out, strided, *inputs, *spec, impl, needs), expected, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_is_one_graph_and_equal(qkv: tuple[Tensor, ...], dynamic: bool) -> None:
     torch._dynamo.reset()

@@ -118,7 +118,7 @@ def backward_launches(
 
     if dout.stride(3) != 1:  # expanded by sum(), say: a copy costs less than reading it element by element
         dout = dout.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()  # read by row number
     padded = -(-seqlen_q // PADDING) * PADDING
     offset, delta = lse.new_empty(2, batch * heads_q * padded).unbind()
     left, right = (None if x is None else min(x, seqlen_q + seqlen_k) for x in (spec.left, spec.right))
