@@ -48,8 +48,8 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str
     return captured.err
 
 
-def read(path: Path, limit: int = 100) -> sentences.Sentences:
-    return sentences.read_sentences(path, limit)
+def read(path: Path, limit: int = 100, column: str | None = None) -> sentences.Sentences:
+    return sentences.read_sentences(path, limit, column)
 
 
 LINES = ["The first line.", "Another one, with a comma.", "Größe und Café.", 'She said "no".', "The last."]
@@ -66,10 +66,14 @@ def test_random_model_on_the_sample(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["largest_difference"] < 1e-5
     # Two batches warm up, three passes of all batches are timed, one batch is measured for memory.
     assert found["calls"] == found["layers"] * (2 + 3 * found["batches"] + 1)
+    low, high = found["speed_ratio_range"]
+    assert 0 < low <= high
     assert figure.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     screen = capsys.readouterr().out
     for text in ("60 sentences", "nearest neighbour", found["implementation"], "stock", "same:"):
         assert text in screen
+    assert f"({low:.2f} to {high:.2f})" in screen, "a ratio without its spread says too much"
+    assert "warm-up included" in screen, "the calls are more than layers x batches x passes"
 
 
 @needs_weights
@@ -167,6 +171,52 @@ def test_table_without_topics_and_with_numbers(tmp_path: Path) -> None:
     assert set(found.topics) == {""}
 
 
+COLUMNS = "id{0}title{0}rating\n" + "".join(f"{i}{{0}}Well, number {i}{{0}}{i % 5}\n" for i in range(20))
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_other_delimiters(delimiter: str, tmp_path: Path) -> None:
+    """Spreadsheets in much of Europe write semicolons, because there a comma is the decimal point."""
+    path = tmp_path / "table.csv"
+    path.write_text(COLUMNS.format(delimiter))
+    found = read(path)
+    assert found.texts[3] == "Well, number 3"
+    assert found.topics[3] == "3"
+
+
+def test_it_says_which_columns_it_took(tmp_path: Path) -> None:
+    """Guessed in silence, an author's name becomes part of every sentence and nobody sees it."""
+    path = tmp_path / "table.csv"
+    rows = "".join(f"{i % 2},Title {i},Author {i}\n" for i in range(12))
+    path.write_text("kind,title,author\n" + rows)
+    assert read(path).notes == ["text: title, author; topic: kind"]
+    path.write_text("kind,title\n" + rows)
+    assert read(path).notes == ["text: title, column 3; topic: kind"]
+    path.write_text(rows)
+    assert read(path).notes == ["text: column 2, column 3; topic: column 1"]
+
+
+@pytest.mark.parametrize("column", ["2", "who"])
+def test_a_chosen_column_is_the_text(column: str, tmp_path: Path) -> None:
+    """By its name, also where no other name in the row is known to be one, or by its number."""
+    path = tmp_path / "table.csv"
+    path.write_text("what,who\n" + "".join(f"Words {i},Author {i}\n" for i in range(8)))
+    found = read(path, column=column)
+    assert found.texts[-8:] == [f"Author {i}" for i in range(8)]
+    assert len(found.texts) == (8 if column == "who" else 9), "a number does not say that there are names"
+
+
+def test_a_column_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, lines = tmp_path / "table.csv", tmp_path / "lines.txt"
+    table.write_text("title,author\n" + "".join(f"Words {i},Author {i}\n" for i in range(8)))
+    lines.write_text("\n".join(LINES))
+    for column in ("name", "3", "0"):
+        said = complaint(capsys, "--model", "random", "--data", table, "--column", column)
+        assert f"has no column {column!r}; it has: title, author" in said
+    assert "no columns" in complaint(capsys, "--model", "random", "--data", lines, "--column", "1")
+    assert "--column needs --data" in complaint(capsys, "--model", "random", "--column", "1")
+
+
 def test_limit_repetitions_and_long_lines(tmp_path: Path) -> None:
     """Repeated sentences would be each other's neighbours; a long one would fill the memory."""
     path = tmp_path / "lines.txt"
@@ -199,7 +249,9 @@ BAD_FILES = {
     "binary": (b"PK\x03\x04\x00\x00 text", "zero byte"),
     "other encoding": ("Größe\nCafé\n".encode("latin-1"), "no UTF-8 text: byte 2 is 0xf6"),
     "damaged gzip": (gzip.compress(b"text " * 1000)[:40], "damaged gzip"),
-    "gzip only by name": (b"\x1f\x8bnot gzip", "damaged gzip"),
+    "gzip only by its first bytes": (b"\x1f\x8bnot gzip", "damaged gzip"),
+    "JSON lines": (b'{"text": "One."}\n' * 8, "is JSON"),
+    "JSON": (b'[\n  {"text": "One."},\n  {"text": "Two."}\n]\n', "is JSON"),
 }
 
 
@@ -209,6 +261,24 @@ def test_unusable_files(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture
     path = tmp_path / "data.txt"
     path.write_bytes(data)
     assert reason in complaint(capsys, "--model", "random", "--data", path)
+
+
+def test_a_table_of_nothing_but_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "names.csv"
+    path.write_text("title,text\n")
+    assert "is empty" in complaint(capsys, "--model", "random", "--data", path)
+
+
+def test_a_table_of_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "numbers.csv"
+    path.write_text("".join(f"{i},{i / 7},\n" for i in range(20)))
+    assert "no column of text" in complaint(capsys, "--model", "random", "--data", path)
+
+
+def test_gzip_only_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "lines.txt.gz"
+    path.write_text("\n".join(LINES))
+    assert "is no gzip file" in complaint(capsys, "--model", "random", "--data", path)
 
 
 def test_an_unclosed_quote_names_the_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,6 +333,14 @@ def test_other_weights_are_refused(
     (tmp_path / "model.safetensors").write_bytes(data)
     monkeypatch.setattr(models, "packaged_folder", lambda: tmp_path)
     assert "is not the published model" in complaint(capsys)
+
+
+@pytest.mark.parametrize("query", ["", "  "])
+def test_an_empty_query_is_refused(query: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be embedded, and find something."""
+    with pytest.raises(SystemExit):
+        demo("--query", query)
+    assert "must not be empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "many", "1.5"])

@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="all-MiniLM-L6-v2 (default, weights from a package), random, a folder, or a name on the hub",
     )
     parser.add_argument("--data", type=Path, metavar="FILE", help="CSV or text, .gz too (default: a sample)")
+    parser.add_argument(
+        "--column", metavar="NAME", help="the table's column to embed, by name or number (default: all text)"
+    )
     parser.add_argument("--limit", type=_positive, default=1000, metavar="N", help="sentences at most (1000)")
     parser.add_argument(
         "--batch-size", type=_positive, default=32, metavar="N", help="sentences a batch (32)"
@@ -50,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--passes", type=_positive, metavar="N", help="passes to time (3 for the sample, else 1)"
     )
-    parser.add_argument("--query", action="append", metavar="TEXT", help="search for this; may be repeated")
+    parser.add_argument(
+        "--query", action="append", type=_text, metavar="TEXT", help="search for this; may be repeated"
+    )
     parser.add_argument(
         "--stock", choices=["sdpa", "eager"], help="what to compare with (default: what transformers chooses)"
     )
@@ -68,10 +73,12 @@ def main(options: argparse.Namespace) -> int:
         _check_installed(options)
         _check_outputs(options)
         device = _device(options.device)
-        if options.data is None:
-            sentences = read_sample(options.limit)
+        if options.data is not None:
+            sentences = read_sentences(options.data, options.limit, options.column)
+        elif options.column is not None:
+            raise DemoError("--column needs --data")
         else:
-            sentences = read_sentences(options.data, options.limit)
+            sentences = read_sample(options.limit)
         return 0 if _run(options, sentences, device).passed else 1
     except DemoError as error:
         print(f"undivided demo: {error}", file=sys.stderr)
@@ -106,6 +113,7 @@ def _run(options: argparse.Namespace, sentences: Sentences, device: torch.device
             exact_encoder = models.load(options.model, device, torch.float32)
             exact = embedding.embed_all(exact_encoder, batches, stock_name)
         limit = 2 * largest_difference(stock.embeddings, exact)
+    ratios = [theirs / own for theirs, own in zip(stock.seconds, ours.seconds)]
     result = Result(
         model=encoder.name,
         description=encoder.description,
@@ -124,6 +132,7 @@ def _run(options: argparse.Namespace, sentences: Sentences, device: torch.device
         calls=calls,
         stock_sentences_per_second=stock.speed,
         sentences_per_second=ours.speed,
+        speed_ratio_range=(min(ratios), max(ratios)),
         stock_peak_bytes=stock.peak_bytes,
         peak_bytes=ours.peak_bytes,
         largest_difference=largest_difference(stock.embeddings, ours.embeddings),
@@ -207,3 +216,9 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text

@@ -34,11 +34,15 @@ class Batch(NamedTuple):
 
 @dataclass
 class Run:
-    """What one attention implementation did. speeds: sentences per second, one per pass over the data."""
+    """What one attention implementation did.
+
+    speeds: sentences per second, one per pass over the data. seconds: one per timed batch.
+    """
 
     name: str
     embeddings: Tensor
     speeds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
 
     @property
@@ -111,7 +115,6 @@ def compare_runs(
             embed(encoder, batch)
     first = 0
     for _ in range(passes):
-        seconds = dict.fromkeys(names, 0.0)
         for batch in batches:
             for run in (runs[first], runs[1 - first]):
                 encoder.model.set_attn_implementation(run.name)
@@ -119,12 +122,12 @@ def compare_runs(
                 start = time.perf_counter()
                 out = embed(encoder, batch)
                 synchronize(batch.ids.device)
-                seconds[run.name] += time.perf_counter() - start
+                run.seconds.append(time.perf_counter() - start)
                 run.embeddings[batch.rows] = out.cpu()
                 advance()
             first = 1 - first
         for run in runs:
-            run.speeds.append(count / seconds[run.name])
+            run.speeds.append(count / sum(run.seconds[-len(batches) :]))
     for run in runs:
         encoder.model.set_attn_implementation(run.name)
         run.peak_bytes = peak_memory(lambda: embed(encoder, batches[0]), batches[0].ids.device)

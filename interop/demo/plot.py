@@ -22,8 +22,9 @@ COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#edc948", "#76b7b2", "#9
 def draw(path: Path, result: Result, sentences: Sentences, stock: Tensor, ours: Tensor) -> None:
     """Write the figure; stock, ours: (sentences, hidden_size) unit vectors."""
     figure = Figure(figsize=(12.5, 6.2), dpi=150, facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 2, width_ratios=(1.75, 1), hspace=0.12)
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.75, 1))
     _map(figure.add_subplot(grid[:, 0]), sentences, stock, ours)
     _differences(figure.add_subplot(grid[0, 1]), result, stock, ours)
     _speeds(figure.add_subplot(grid[1, 1]), result)
@@ -104,7 +105,9 @@ def _speeds(axes: Any, result: Result) -> None:
     axes.bar_label(bars, labels=[f"{speed:,.0f}" for speed in speeds], padding=4, fontsize=9, color=INK)
     axes.set_xlim(0, 1.15 * max(speeds))
     axes.invert_yaxis()
-    axes.set_title("sentences per second", fontsize=10, color=INK)
+    low, high = result.speed_ratio_range
+    title = f"sentences per second (ratio by batch: {low:.2f} to {high:.2f})"
+    axes.set_title(title, fontsize=10, color=INK)
     axes.set_xticks([])
     _bare(axes)
     axes.spines["bottom"].set_visible(False)

@@ -27,7 +27,11 @@ class Search:
 
 @dataclass
 class Result:
-    """Everything the demo found out; `--json` writes it."""
+    """Everything the demo found out; `--json` writes it.
+
+    calls: of our attention, untimed batches included. speed_ratio_range: how many times as fast ours is,
+    the least and the most over timed batches.
+    """
 
     model: str
     description: str
@@ -46,6 +50,7 @@ class Result:
     calls: int
     stock_sentences_per_second: float
     sentences_per_second: float
+    speed_ratio_range: tuple[float, float]
     stock_peak_bytes: int | None
     peak_bytes: int | None
     largest_difference: float

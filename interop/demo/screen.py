@@ -84,13 +84,15 @@ class Screen:
         for name, style in (("", ""), ("stock", ""), ("undivided", "bold"), ("", "dim")):
             table.add_column(name, justify="left" if not name else "right", style=style, no_wrap=True)
         table.add_row("attention", result.stock, result.implementation)
-        ratio = f"{speeds[1] / speeds[0]:.2f} ×"
+        low, high = result.speed_ratio_range
+        ratio = f"{speeds[1] / speeds[0]:.2f} × ({low:.2f} to {high:.2f})"
         table.add_row("sentences per second", *(f"{speed:,.1f}" for speed in speeds), ratio)
         table.add_row("peak memory", *map(_size, peaks))
         self.console.print(table)
         memory = "GPU memory" if result.device.startswith("cuda") else "the process's resident memory"
         passes = "one pass" if result.passes == 1 else f"median of {result.passes} passes"
-        self.console.print(f"  [dim]speed: {passes}, the two taking turns on each batch, after a warm-up[/]")
+        self.console.print(f"  [dim]speed: {passes}, the two taking turns on each batch, after a warm-up;[/]")
+        self.console.print("  [dim]in brackets the ratio's range over single batches[/]")
         self.console.print(f"  [dim]memory: growth of {memory} in the longest batch[/]")
         self.console.print(f"  [dim]evidence for {result.implementation} here: {escape(result.evidence)}[/]")
 
@@ -104,7 +106,7 @@ class Screen:
                 result.calls > 0,
                 "calls of our attention",
                 f"{result.calls:,}",
-                f"{result.layers} layers × {result.calls // result.layers:,} batches",
+                f"{result.layers} layers × {result.calls // result.layers:,} batches, warm-up included",
             ),
             (
                 result.largest_difference <= result.difference_limit,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import re
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
 MAX_BYTES = 64 * 2**20
 MAX_CHARACTERS = 2000
+SAMPLE_CHARACTERS = 2**16  # enough to see how a table is written
 MAX_TOPICS = 20
 FEWEST = 4
 HEADER_NAMES = {"text", "sentence", "title", "description", "body", "content", "topic", "label", "class"}
@@ -25,7 +28,7 @@ class DemoError(Exception):
 class Sentences:
     """What was read.
 
-    topics: one per text, empty strings where the file has none. notes: what was left out.
+    topics: one per text, empty strings where the file has none. notes: what was taken and what was left out.
     """
 
     source: str
@@ -37,32 +40,34 @@ class Sentences:
 def read_sample(limit: int) -> Sentences:
     """The built-in sentences, topic by topic in turn, so that a small limit still has all topics."""
     data = resources.files(__package__).joinpath("sample.csv").read_bytes()
-    read = _from_rows(list(csv.reader(io.StringIO(data.decode()))), "the built-in sample")
+    read = _from_rows(list(csv.reader(io.StringIO(data.decode()))), "sample.csv", None)
     groups: dict[str, list[str]] = {}
     for topic, text in zip(read.topics, read.texts):
         groups.setdefault(topic, []).append(text)
     longest = max(len(texts) for texts in groups.values())
     mixed = [(topic, texts[i]) for i in range(longest) for topic, texts in groups.items() if i < len(texts)]
-    read.topics, read.texts = (list(column) for column in zip(*mixed[:limit]))
-    return read
+    topics, texts = (list(column) for column in zip(*mixed[:limit]))
+    return Sentences("the built-in sample", texts, topics)
 
 
-def read_sentences(path: Path, limit: int) -> Sentences:
+def read_sentences(path: Path, limit: int, column: str | None = None) -> Sentences:
     """The first `limit` different sentences of a file.
 
     Names with .csv or .tsv in them are read as tables: a column of few different values is the topic,
-    the other columns that are not numbers form the text. Any other file: a line is a sentence. gzip is
-    recognised by content.
+    the other columns that are not numbers form the text, or `column` does, a name or a number from 1.
+    Any other file: a line is a sentence. gzip is recognised by content.
 
     Raises:
-        DemoError: no such file, no text, nothing in it.
+        DemoError: no such file, no text, nothing in it, no such column.
     """
     data, notes = _read_bytes(path)
     text = _decode(path, data)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if ".csv" in suffixes or ".tsv" in suffixes:
-        delimiter = "\t" if ".tsv" in suffixes else ","
-        read = _from_rows(_table(path, text, delimiter), path.name)
+        delimiter = "\t" if ".tsv" in suffixes else _delimiter(text)
+        read = _from_rows(_table(path, text, delimiter), path.name, column)
+    elif column is not None:
+        raise DemoError(f"{path.name} has no columns for --column: only .csv and .tsv files are tables")
     else:
         lines = text.splitlines()
         read = Sentences(path.name, lines, [""] * len(lines))
@@ -90,6 +95,8 @@ def _read_bytes(path: Path) -> tuple[bytes, list[str]]:
         raise DemoError(f"{path} is a damaged gzip file: {error}") from None
     except OSError as error:
         raise DemoError(f"cannot read {path}: {error.strerror or error}") from None
+    if path.suffix.lower() == ".gz" and not compressed:
+        raise DemoError(f"{path} is no gzip file, whatever its name says")
     if len(data) <= MAX_BYTES:
         return data, []
     end = data.rfind(b"\n", 0, MAX_BYTES)
@@ -110,7 +117,21 @@ def _decode(path: Path, data: bytes) -> str:
         text = data[: error.start].decode("utf-8-sig")
     if "\0" in text:
         raise DemoError(f"{path} is no text: it has a zero byte")
+    if re.match(r'\s*[\[{]\s*["{]', text):
+        raise DemoError(
+            f"{path} is JSON; the demo reads .csv and .tsv tables, and text with a sentence a line"
+        )
     return text
+
+
+def _delimiter(text: str) -> str:
+    """Whichever cuts most rows at the beginning into equally many cells, and not into one."""
+
+    def regular_rows(delimiter: str) -> int:
+        rows = csv.reader(io.StringIO(text[:SAMPLE_CHARACTERS], newline=""), delimiter=delimiter)
+        return max(Counter(len(row) for row in rows if len(row) > 1).values(), default=0)
+
+    return max(",;\t", key=regular_rows)
 
 
 def _table(path: Path, text: str, delimiter: str) -> list[list[str]]:
@@ -124,16 +145,36 @@ def _table(path: Path, text: str, delimiter: str) -> list[list[str]]:
         ) from None
 
 
-def _from_rows(rows: list[list[str]], source: str) -> Sentences:
+def _from_rows(rows: list[list[str]], source: str, column: str | None) -> Sentences:
     rows = [[cell.strip() for cell in row] for row in rows if any(cell.strip() for cell in row)]
-    if rows and any(cell.lower() in HEADER_NAMES for cell in rows[0]):
-        rows = rows[1:]
-    width = max((len(row) for row in rows), default=0)
-    columns = [[row[i] if i < len(row) else "" for row in rows] for i in range(width)]
-    topic = next((i for i, column in enumerate(columns) if _is_topic(column)), None)
-    spoken = [i for i, column in enumerate(columns) if i != topic and not all(map(_is_number, column))]
+    names = [f"column {i + 1}" for i in range(max(map(len, rows), default=0))]
+    if rows and (column in rows[0] or any(cell.lower() in HEADER_NAMES for cell in rows[0])):
+        header = rows.pop(0)
+        names[: len(header)] = header
+    if not rows:
+        return Sentences(source, [], [])
+    columns = [[row[i] if i < len(row) else "" for row in rows] for i in range(len(names))]
+    chosen = None if column is None else _index(column, names, source)
+    topic = next((i for i, cells in enumerate(columns) if i != chosen and _is_topic(cells)), None)
+    if chosen is not None:
+        spoken = [chosen]
+    else:
+        spoken = [i for i, cells in enumerate(columns) if i != topic and not all(map(_is_number, cells))]
+    if not spoken:
+        raise DemoError(f"{source} has no column of text; name one with --column, out of: {', '.join(names)}")
+    note = "text: " + ", ".join(names[i] for i in spoken)
+    if topic is not None:
+        note += f"; topic: {names[topic]}"
     texts = [" ".join(filter(None, (columns[i][row] for i in spoken))) for row in range(len(rows))]
-    return Sentences(source, texts, [""] * len(rows) if topic is None else columns[topic])
+    return Sentences(source, texts, [""] * len(rows) if topic is None else columns[topic], [note])
+
+
+def _index(column: str, names: list[str], source: str) -> int:
+    if column in names:
+        return names.index(column)
+    if column.isdecimal() and 1 <= int(column) <= len(names):
+        return int(column) - 1
+    raise DemoError(f"{source} has no column {column!r}; it has: {', '.join(names)}")
 
 
 def _is_topic(column: list[str]) -> bool:
