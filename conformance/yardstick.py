@@ -74,7 +74,7 @@ def _plain(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     p = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
     if spec.dropout_p:
         assert inputs.seed is not None
-        rows, cols = range(p.shape[2]), range(p.shape[3])
-        keep = keep_mask(inputs.seed, spec.dropout_p, *p.shape[:2], rows, cols)
+        batch, heads, rows, cols = p.shape
+        keep = keep_mask(inputs.seed, spec.dropout_p, batch, heads, range(rows), range(cols))
         p = torch.where(keep, p / (1 - spec.dropout_p), 0.0) if spec.dropout_p < 1 else p * 0.0
     return p @ v, torch.logsumexp(scores, dim=-1).masked_fill(empty.squeeze(-1), -torch.inf)

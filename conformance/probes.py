@@ -1,0 +1,59 @@
+"""What does an attention function do? Its conventions in words, found from outside.
+
+A test says that a number is wrong; a probe says why: "bottom-right", "in base 2", "repeated every 64 keys".
+Other conventions than ours are described, and judged only where the target's claims promise one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import (
+    probes_dropout,
+    probes_edges,
+    probes_gradients,
+    probes_lse,
+    probes_softmax,
+    probes_visibility,
+)
+from .subject import Probe, Subject
+from .target import Target
+
+_ROOMS = (
+    probes_visibility,
+    probes_softmax,
+    probes_lse,
+    probes_edges,
+    probes_gradients,
+    probes_dropout,
+)
+
+
+class Observation(NamedTuple):
+    """What was found. promised: what the target's claims promise; ok: whether they are the same words.
+
+    Both are None where nothing was promised.
+    """
+
+    question: str
+    found: str
+    promised: str | None = None
+    ok: bool | None = None
+
+
+def probe(target: Target, device: str | torch.device = "cpu") -> list[Observation]:
+    """Ask a target everything that its claims allow to be asked. A call that raises is an answer too."""
+    subject = Subject(target, torch.device(device))
+    return [_observe(probe) for room in _ROOMS for probe in room.probes(subject)]
+
+
+def _observe(probe: Probe) -> Observation:
+    try:
+        found = probe.look()
+    except Exception as error:  # whatever somebody else's function raises
+        text = str(error).strip().split("\n")[0]
+        found = f"raises {type(error).__name__}: {text}"[:200]
+    ok = None if probe.promised is None else found == probe.promised
+    return Observation(probe.question, found, probe.promised, ok)
