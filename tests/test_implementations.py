@@ -124,7 +124,7 @@ def test_triton_on_any_case(case: Case, dtype: torch.dtype, seed: int, device: t
 
 
 @pytest.mark.full
-@settings(drawn, max_examples=300)
+@settings(drawn, max_examples=100)
 @given(case=any_case(longest=80), dtype=st.sampled_from(TRITON_DTYPES), seed=st.integers(0, 9))
 def test_triton_on_many_cases(case: Case, dtype: torch.dtype, seed: int, device: torch.device) -> None:
     """Combinations that no list contains."""
