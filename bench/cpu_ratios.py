@@ -17,16 +17,18 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from ..extras import missing
 from ..kernels.functional import attention
 from .timing import Run, compare, environment
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Unit = Literal["times as fast", "us more", "MiB"]
 DECODE = "decode 32/8 heads, 8k keys, d 128"
@@ -158,6 +160,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the results and the environment here")
     parser.add_argument("--only", default="", help="measure the cases whose name contains this")
     arguments = parser.parse_args()
+    if message := missing("bench", "rich"):
+        parser.error(message)
+    from rich.console import Console
+
     torch.manual_seed(0)
     console = Console()
     results = []
@@ -204,6 +210,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 
 def _table(results: list[Result]) -> Table:
+    from rich.table import Table
+
     table = Table(title="undivided.attention against F.scaled_dot_product_attention")
     for column in ("case", "ours ms", "PyTorch ms", "measured", "required", ""):
         table.add_column(column, justify="left" if column == "case" else "right")

@@ -22,9 +22,9 @@ FOLDERS = {
     "": {"kernels", "layers", "interop", "conformance", "bench"},
     "kernels": set(),
     "layers": {"kernels"},
-    "interop": {"layers", "kernels"},
+    "interop": {"layers", "kernels", "extras"},
     "conformance": {"kernels"},
-    "bench": {"", "conformance", "kernels"},
+    "bench": {"", "conformance", "kernels", "extras"},
 }
 EVERYWHERE = {"spec", "masks", "philox", "tracing"}
 KERNELS = {

