@@ -234,11 +234,7 @@ def _first_that_compiles(impl: str, function: str, *args: Any) -> Any:
         try:
             return getattr(module, function)(*args)
         except module.BUILD_ERRORS as error:
-            warnings.warn(
-                f"undivided: {name} could not build a kernel and the {chain[-1]} runs instead: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            _say_once(f"undivided: {name} could not build a kernel, the {chain[-1]} runs instead: {error}")
     return getattr(_implementation(chain[-1]), function)(*args)
 
 
@@ -254,6 +250,11 @@ def _say_if_untried(device: torch.device) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _say_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 @functools.cache

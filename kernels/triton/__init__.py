@@ -5,13 +5,11 @@ functions of `tiles`, `visibility` and `softmax`, and the launcher that fills it
 are data, in `config.py`. Nothing outside this folder imports triton, so the package works without it.
 """
 
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources, PTXASError
-
 from .backward import attention_backward
 from .forward import attention_forward
+from .launch import BuildError
 
-BUILD_ERRORS = (CompilationError, OutOfResources, PTXASError)
-"""What goes wrong before a kernel is launched; after it, nothing may be retried."""
+BUILD_ERRORS = (BuildError, NotImplementedError)
+"""What goes wrong before a launch, the second where no tile fits; after it, nothing may be retried."""
 
 __all__ = ["BUILD_ERRORS", "attention_backward", "attention_forward"]

@@ -89,6 +89,8 @@ def attention_backward(
     """
     gradients, launches = backward_launches(dout, dlse, out, lse, inputs, spec, needs, config)
     for launch in launches:
+        launch.recall(inputs.q.device)
+    for launch in launches:
         launch.run(inputs.q.device)
     return gradients
 

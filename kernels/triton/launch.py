@@ -1,20 +1,32 @@
-"""A kernel with everything it is about to be called with."""
+"""A kernel with everything it is about to be called with; and what is known of those that do not build."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import InterpreterError
 from triton.runtime.jit import JITFunction
 
 from ..masks import key_bounds
 from ..philox import drop_threshold
 from ..spec import AttentionSpec, Inputs
-from .config import TileConfig
+from .config import TileConfig, architecture
 
 Strides = tuple[int | None, ...]
+
+
+class BuildError(RuntimeError):
+    """A kernel could not be compiled, or does not fit the device: it was not launched."""
+
+
+NOT_OF_THE_BUILD = (InterpreterError, torch.AcceleratorError, torch.OutOfMemoryError)
+MOST_REMEMBERED = 256
+_not_built: dict[Hashable, str] = {}
+"""Why, by what the compiler was given: to ask again would take seconds, at every call."""
 
 
 class Launch(NamedTuple):
@@ -32,14 +44,55 @@ class Launch(NamedTuple):
         return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
 
     def run(self, device: torch.device) -> None:
-        """Start the kernel on the current stream of the device its tensors are on."""
+        """Start the kernel on the current stream of the device its tensors are on.
+
+        Raises:
+            BuildError: it could not be built.
+        """
+        self.recall(device)
         if self.config.tma:
             triton.set_allocator(_scratch)
         if device.type != "cuda" or device.index == torch.cuda.current_device():
-            self.kernel[(self.programs,)](*self.arguments, **self.constants, **self.options())
+            self._start(device)
         else:
             with torch.cuda.device(device):
-                self.kernel[(self.programs,)](*self.arguments, **self.constants, **self.options())
+                self._start(device)
+
+    def recall(self, device: torch.device) -> None:
+        """Raise the BuildError that an earlier attempt ended with."""
+        if _not_built and (reason := _not_built.get(self._variant(device))):
+            raise BuildError(reason)
+
+    def _start(self, device: torch.device) -> None:
+        """Triton compiles, loads and launches in one call; whatever the driver did not say came before it."""
+        try:
+            self.kernel[(self.programs,)](*self.arguments, **self.constants, **self.options())
+        except NOT_OF_THE_BUILD:
+            raise
+        except Exception as error:
+            if str(error).startswith("Triton Error ["):  # the driver's: a fault on the device, perhaps
+                raise
+            reason = f"{self.kernel.__name__}: {type(error).__name__}: {error}"
+            if len(_not_built) >= MOST_REMEMBERED:
+                _not_built.clear()
+            _not_built[self._variant(device)] = reason
+            raise BuildError(reason) from error
+
+    def _variant(self, device: torch.device) -> Hashable:
+        """All that decides what is compiled, for what."""
+        constants = tuple(self.constants.values())
+        return self.kernel, architecture(device), _kind(self.arguments), constants, self.config
+
+
+def _kind(x: Any) -> Hashable:
+    """What Triton specialises a kernel on."""
+    if isinstance(x, tuple):
+        return tuple(map(_kind, x))
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if isinstance(x, int):
+        return x == 1, x % 16 == 0, x.bit_length() > 31
+    return type(x)
 
 
 def broadcast_strides(x: Tensor | None) -> Strides | None:
