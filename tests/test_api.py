@@ -307,7 +307,7 @@ def test_untried_hardware_is_mentioned_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("axis", range(6))
-def test_empty_problems(axis: int) -> None:
+def test_empty_problems(axis: int, device: torch.device) -> None:
     """batch, heads_q, heads_kv, seqlen_q or seqlen_k is 0: zeros, lse -inf, zero gradients."""
     batch, heads_q, heads_kv, seqlen_q, seqlen_k = (
         0 if i == axis else n for i, n in enumerate((2, 4, 2, 5, 7))
@@ -315,9 +315,9 @@ def test_empty_problems(axis: int) -> None:
     if heads_kv == 0:
         heads_q = 0
     for impl in ("reference", "fallback", "triton"):
-        q = torch.randn(batch, heads_q, seqlen_q, 16, requires_grad=True)
-        k = torch.randn(batch, heads_kv, seqlen_k, 16, requires_grad=True)
-        v = torch.randn(batch, heads_kv, seqlen_k, 8, requires_grad=True)
+        q = torch.randn(batch, heads_q, seqlen_q, 16, requires_grad=True, device=device)
+        k = torch.randn(batch, heads_kv, seqlen_k, 16, requires_grad=True, device=device)
+        v = torch.randn(batch, heads_kv, seqlen_k, 8, requires_grad=True, device=device)
         stats = attention(q, k, v, want=("lse",), impl=impl)
         assert stats.out.shape == (batch, heads_q, seqlen_q, 8)
         stats.out.sum().backward()
@@ -343,13 +343,14 @@ def test_batch_of_one_broadcasts_without_a_copy(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("impl", ["fallback", "triton"])
-def test_one_length_for_the_whole_batch(impl: str) -> None:
+def test_one_length_for_the_whole_batch(impl: str, device: torch.device) -> None:
     """Expanded with stride 0 and read as if dense, the second entry's length would lie outside."""
-    q, k = torch.randn(3, 4, 5, 16), torch.randn(3, 2, 40, 16)
-    one = attention(q, k, k, key_lengths=torch.tensor([21]), impl=impl)
-    each = attention(q, k, k, key_lengths=torch.tensor([21, 21, 21]), impl=impl)
+    q, k = torch.randn(3, 4, 5, 16, device=device), torch.randn(3, 2, 40, 16, device=device)
+    lengths = torch.tensor([21, 21, 21], device=device)
+    one = attention(q, k, k, key_lengths=lengths[:1], impl=impl)
+    each = attention(q, k, k, key_lengths=lengths, impl=impl)
     assert torch.equal(one, each)
-    inputs, _ = functional.prepare(q, k, k, {"key_lengths": torch.tensor([21, 7, 9])[:1]})
+    inputs, _ = functional.prepare(q, k, k, {"key_lengths": lengths[:1]})
     assert inputs.key_lengths is not None
     assert inputs.key_lengths.is_contiguous()
 

@@ -47,12 +47,13 @@ def gradients(call: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ..
 
 
 @pytest.mark.parametrize(("impl", "layout"), [("fallback", "BHSD"), ("fallback", "BSHD"), ("triton", "BSHD")])
-def test_opcheck(impl: str, layout: str) -> None:
+def test_opcheck(impl: str, layout: str, device: torch.device) -> None:
     """Fakes that lie about shapes or strides, mutated inputs, results that alias inputs."""
-    q, k, v = (torch.randn(2, h, s, d) for h, s, d in ((4, 5, 16), (2, 7, 16), (2, 7, 8)))
+    sizes = ((2, 4, 5, 16), (2, 2, 7, 16), (2, 2, 7, 8))
+    q, k, v = (torch.randn(size, device=device) for size in sizes)
     if layout == "BSHD":
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
-    options = {"bias": torch.randn(4, 1, 7), "causal": True, "dropout_p": 0.3, "seed": 5}
+    options = {"bias": torch.randn(4, 1, 7, device=device), "causal": True, "dropout_p": 0.3, "seed": 5}
     inputs, spec = functional.prepare(q, k, v, options)
     torch.library.opcheck(ops._forward_op, (*inputs, *spec, impl), test_utils=CHECKS)
     out, lse = ops._forward_op(*inputs, *spec, impl)
@@ -62,9 +63,9 @@ def test_opcheck(impl: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["fallback", "triton"])
-def test_lse_may_come_back_with_other_strides(impl: str) -> None:
+def test_lse_may_come_back_with_other_strides(impl: str, device: torch.device) -> None:
     """Whoever saves it between forward and backward may lay it out anew; a kernel reads it by row number."""
-    q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 7, 16)
+    q, k = torch.randn(2, 4, 5, 16, device=device), torch.randn(2, 2, 7, 16, device=device)
     inputs, spec = functional.prepare(q, k, k, {})
     out, lse = ops._forward_op(*inputs, *spec, impl)
     strided = lse.permute(2, 1, 0).contiguous().permute(2, 1, 0)
@@ -195,11 +196,11 @@ def test_vmap(in_dims: tuple[int | None, ...]) -> None:
 @pytest.mark.parametrize("impl", ["fallback", "triton"])
 @pytest.mark.parametrize("mask_shape", [(1, 1, 5, 7), (2, 1, 1, 7), (1, 4, 5, 7)])
 @pytest.mark.parametrize("mapped", [False, True])
-def test_vmap_with_a_mask(impl: str, mask_shape: tuple[int, ...], mapped: bool) -> None:
+def test_vmap_with_a_mask(impl: str, mask_shape: tuple[int, ...], mapped: bool, device: torch.device) -> None:
     """A mask for the whole batch, folded like a tensor with a batch of its own, is read past its end."""
-    q, k = torch.randn(3, 2, 4, 5, 16), torch.randn(2, 2, 7, 16)
-    mask = torch.rand(3, *mask_shape) > 0.3
-    lengths = torch.tensor([7, 4])
+    q, k = torch.randn(3, 2, 4, 5, 16, device=device), torch.randn(2, 2, 7, 16, device=device)
+    mask = torch.rand(3, *mask_shape, device=device) > 0.3
+    lengths = torch.tensor([7, 4], device=device)
 
     def call(q: Tensor, mask: Tensor) -> Tensor:
         return attention(q, k, k, mask=mask, key_lengths=lengths, impl=impl)
@@ -296,7 +297,9 @@ def test_saved_tensors_notice_in_place_edits() -> None:
 @pytest.mark.parametrize("layout", ["BHSD", "BSHD"])
 @pytest.mark.parametrize("impl", ["sdpa", "fallback", "triton"])
 @pytest.mark.parametrize("heads_kv", [4, 2])
-def test_results_are_edited_in_place_like_those_of_sdpa(impl: str, layout: str, heads_kv: int) -> None:
+def test_results_are_edited_in_place_like_those_of_sdpa(
+    impl: str, layout: str, heads_kv: int, device: torch.device
+) -> None:
     """A result that autograd takes for a view made without gradients, or by a Function, refuses edits."""
 
     def call(q: Tensor, k: Tensor) -> Tensor:
@@ -305,11 +308,12 @@ def test_results_are_edited_in_place_like_those_of_sdpa(impl: str, layout: str, 
         return attention(q, k, k, impl=impl)
 
     sizes = ((2, 4, 5, 16), (2, heads_kv, 7, 16))
-    q, k = (torch.randn(b, s, h, d).transpose(1, 2) for b, h, s, d in sizes)
+    where = device if impl == "triton" else "cpu"  # on a GPU PyTorch may take a way that saves no result
+    q, k = (torch.randn(b, s, h, d, device=where).transpose(1, 2) for b, h, s, d in sizes)
     if layout == "BHSD":
         q, k = q.contiguous(), k.contiguous()
     plain = call(q, k)
-    weight = torch.full((), 2.0, requires_grad=True)
+    weight = torch.full((), 2.0, requires_grad=True, device=where)
     with torch.no_grad():
         out = call(q, k)
     assert torch.equal(out.mul_(weight), 2 * plain)

@@ -20,7 +20,8 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from undivided.kernels import functional, ops
 from undivided.kernels.triton import BUILD_ERRORS, backward, forward, launch
 
-Q = torch.randn(1, 2, 5, 16)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Q = torch.randn(1, 2, 5, 16, device=DEVICE)
 
 
 class Broken:
@@ -82,7 +83,7 @@ def test_what_does_not_build_is_tried_and_mentioned_once(
     with pytest.raises(BUILD_ERRORS, match=type(error).__name__):
         attend(impl="triton")
     assert kernel.started == 1
-    attend(torch.randn(1, 2, 5, 32))
+    attend(torch.randn(1, 2, 5, 32, device=DEVICE))
     assert kernel.started == 2, "another head_dim is another kernel"
 
 
@@ -136,7 +137,7 @@ def test_memory_of_failures_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "MOST_REMEMBERED", 2)
     monkeypatch.setattr(forward, "_forward_kernel", Broken(FileNotFoundError("gcc")))
     for head_dim in (16, 17, 18, 19):
-        attend(torch.randn(1, 2, 5, head_dim))
+        attend(torch.randn(1, 2, 5, head_dim, device=DEVICE))
         assert len(launch._not_built) <= 2
 
 
