@@ -42,6 +42,7 @@ KERNELS = {
     "dispatch": {"ops", "reference", "evidence"},
     "functional": {"dispatch"},
     "explain": {"functional", "dispatch", "evidence", "flops"},
+    "explain_command": {"explain"},
     "triton": {"evidence"},
 }
 IMPORT_TRITON = {
