@@ -141,7 +141,7 @@ def _unmasked(subject: Subject) -> str:
             return "NaN"
         unseen = (weights == 0).flatten(0, 2).any(0)
         if unseen.any():
-            return f"of {cols} keys not {_numbers(unseen)}"
+            return f"all but {_numbers(unseen)} of {cols}"
         total = weights.sum(-1)
         if (total - 1).abs().max() > 0.01:
             return f"weights that sum to {total.min():.3g}: more is counted than the {cols} keys"

@@ -144,4 +144,5 @@ def recognised(found: Tensor, words: Mapping[str, Tensor | float], otherwise: st
             return text
     if found.isnan().any():
         return "NaN"
-    return otherwise or f"something else: {found.min():.3g} to {found.max():.3g}"
+    low, high = f"{found.min():.3g}", f"{found.max():.3g}"
+    return otherwise or "something else: " + (low if low == high else f"{low} to {high}")

@@ -1,0 +1,162 @@
+"""A correct fused kernel's arithmetic in plain PyTorch, in steps that can be replaced one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from undivided.conformance.cases import Problem
+from undivided.kernels.masks import visible
+from undivided.kernels.philox import keep_mask
+from undivided.kernels.spec import AttentionSpec, Inputs
+
+
+class Flash:
+    """What a correct kernel computes: float32 sums of 16-bit products, P and dS rounded once.
+
+    Every step is a method, so a bug is one step done wrong.
+    """
+
+    tile = 16
+
+    def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        inputs, spec = problem.prepared()
+        return _Call.apply(self, inputs, self.read(spec), *inputs[:4])
+
+    def read(self, spec: AttentionSpec) -> AttentionSpec:
+        return spec
+
+    def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """(out, lse), one tile of keys after the other."""
+        q, k, v, seen = self.operands(inputs, spec)
+        scores = self.scores(q, k, inputs, spec)[0].masked_fill(~seen, -torch.inf)
+        survives = self.survives(inputs, spec, seen.shape)
+        peak = scores.new_full((*scores.shape[:3], 1), -torch.inf)
+        total, out = torch.zeros_like(peak), q.new_zeros(*q.shape[:3], v.shape[3])
+        for cols in self.tiles(scores.shape[3]):
+            s, last_peak = scores[..., cols], peak
+            peak = torch.maximum(peak, s.amax(-1, keepdim=True))
+            level = peak.masked_fill(peak == -torch.inf, 0.0)
+            weights, shrink = torch.exp(s - level), self.shrink(last_peak, level)
+            total = total * shrink + weights.sum(-1, keepdim=True)
+            out = out * shrink + rounded(weights * survives[..., cols], inputs) @ v[..., cols, :]
+        out, lse = self.normalised(out, total, peak)
+        return out.to(inputs.q.dtype), lse.squeeze(-1)
+
+    def backward(
+        self, dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, inputs: Inputs, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Probabilities rebuilt from lse, delta from the rounded out."""
+        q, k, v, seen = self.operands(inputs, spec)
+        dead = (lse == -torch.inf)[..., None]
+        dout, dlse = dout.float().masked_fill(dead, 0.0), dlse[..., None].masked_fill(dead, 0.0)
+        scores, slope = self.scores(q, k, inputs, spec)
+        hidden = ~self.seen_by_backward(seen) | dead
+        p = torch.exp(scores - lse[..., None]).masked_fill(hidden, 0.0)
+        survives = self.survives(inputs, spec, seen.shape, backward=True)
+        delta = (out.float() * dout).sum(-1, keepdim=True) - self.gradient_of_lse(dlse)
+        ds = p * (dout @ v.mT * survives - delta)
+        narrow = rounded(ds * slope, inputs)
+        dq = spec.scale * (narrow @ k)
+        dk = self.over_group(self.scale_of_dk(spec) * (narrow.mT @ q), inputs)
+        dv = self.over_group(rounded(p * survives, inputs).mT @ dout, inputs)
+        dbias = None if inputs.bias is None else self.over_broadcast(ds, inputs.bias)
+        return dq, dk, dv, dbias
+
+    def operands(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v in float32, with what nobody sees cleared, and who sees whom; all per query head."""
+        seen = self.visible(inputs, spec)
+        rows, cols = seen.any(-1)[..., None], seen.flatten(1, 2).any(1)[:, None, :, None]
+        q, k, v = (self.load(x) for x in inputs[:3])
+        k, v = (self.per_query_head(torch.where(cols, x, 0.0), inputs) for x in (k, v))
+        return torch.where(rows, q, 0.0), k, v, seen
+
+    def visible(self, inputs: Inputs, spec: AttentionSpec) -> Tensor:
+        shape = (*inputs.q.shape[:3], inputs.k.shape[2])
+        seen = visible(inputs, spec)
+        seen = torch.ones((), dtype=torch.bool) if seen is None else seen
+        return seen.to(inputs.q.device).expand(shape)
+
+    def load(self, x: Tensor) -> Tensor:
+        return x.float()
+
+    def per_query_head(self, x: Tensor, inputs: Inputs) -> Tensor:
+        return x.repeat_interleave(inputs.q.shape[1] // max(x.shape[1], 1), 1)
+
+    def scores(
+        self, q: Tensor, k: Tensor, inputs: Inputs, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor | float]:
+        """Scores before they are masked, and softcap's derivative."""
+        scores, slope = spec.scale * (q @ k.mT), 1.0
+        if spec.softcap is not None:
+            t = torch.tanh(scores / spec.softcap)
+            scores, slope = spec.softcap * t, 1 - t * t
+        return scores if inputs.bias is None else scores + inputs.bias.float(), slope
+
+    def survives(
+        self, inputs: Inputs, spec: AttentionSpec, shape: torch.Size, backward: bool = False
+    ) -> Tensor:
+        """What dropout multiplies each probability with."""
+        if spec.dropout_p == 0.0:
+            return torch.ones(shape, device=inputs.q.device)
+        return self.kept(inputs.seed, spec.dropout_p, shape) * (1 / (1 - min(spec.dropout_p, 0.999)))
+
+    def kept(self, seed: Tensor, dropout_p: float, shape: torch.Size) -> Tensor:
+        batch, heads, rows, cols = shape
+        return keep_mask(seed, dropout_p, batch, heads, range(rows), range(cols))
+
+    def tiles(self, seqlen_k: int) -> list[slice]:
+        return [slice(start, start + self.tile) for start in range(0, seqlen_k, self.tile)]
+
+    def shrink(self, last_peak: Tensor, peak: Tensor) -> Tensor:
+        """What sums up to here are multiplied with when the maximum grows."""
+        return torch.exp(last_peak - peak)
+
+    def normalised(self, out: Tensor, total: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+        """A row that saw nothing: out 0, lse -inf."""
+        return out / torch.where(total > 0, total, 1.0), peak + total.log()
+
+    def returned(self, lse: Tensor, spec: AttentionSpec) -> Tensor:
+        return lse
+
+    def seen_by_backward(self, seen: Tensor) -> Tensor:
+        return seen
+
+    def gradient_of_lse(self, dlse: Tensor) -> Tensor:
+        return dlse
+
+    def scale_of_dk(self, spec: AttentionSpec) -> float:
+        return spec.scale
+
+    def over_group(self, x: Tensor, inputs: Inputs) -> Tensor:
+        return x.unflatten(1, (inputs.k.shape[1], -1)).sum(2)
+
+    def over_broadcast(self, ds: Tensor, bias: Tensor) -> Tensor:
+        return ds.sum_to_size(bias.shape)
+
+
+class _Call(torch.autograd.Function):
+    """q, k, v and bias once more, so that autograd knows of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Flash, inputs: Inputs, spec: AttentionSpec, *_: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = kernel.forward(inputs, spec)
+        ctx.kernel, ctx.inputs, ctx.spec = kernel, inputs, spec
+        ctx.save_for_backward(out, lse)
+        return out, kernel.returned(lse.clone(), spec)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        grads = ctx.kernel.backward(dout, dlse, *ctx.saved_tensors, ctx.inputs, ctx.spec)
+        leaves = ctx.inputs[:4]
+        return (None, None, None, *(None if g is None else g.to(x.dtype) for g, x in zip(grads, leaves)))
+
+
+def rounded(x: Tensor, inputs: Inputs) -> Tensor:
+    """As the operand of a product: in q's dtype."""
+    return x.to(inputs.q.dtype).float()

@@ -1,0 +1,212 @@
+"""Do probes find the right words, for our implementations and for other people's conventions?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from undivided.conformance.adapters import ours
+from undivided.conformance.cases import Case, Extra
+from undivided.conformance.evaluation import evaluate, expected
+from undivided.conformance.probes import Observation, probe
+from undivided.conformance.probes_visibility import ALIGNED
+from undivided.conformance.target import Capabilities, Target, target
+from undivided.conformance.yardstick import PASSES, two_times_rule
+
+RAISES = "raises"
+
+
+def found(asked: Target) -> dict[str, Observation]:
+    return {observation.question: observation for observation in probe(asked)}
+
+
+@pytest.mark.parametrize("impl", ["reference", "fallback"])
+def test_ours_do_what_they_promise(impl: str) -> None:
+    """A convention of ours that is not what the contract says; a probe that is wrong about it."""
+    observations = probe(ours(impl))
+    assert not [o for o in observations if o.ok is not True]
+    assert len({o.question for o in observations}) == len(observations) > 40
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_kernels_do_what_they_promise(device: torch.device) -> None:
+    """The same of Triton's kernels; in the interpreter without what takes it minutes, long sequences."""
+    kernels = ours("triton")
+    if device.type == "cpu":
+        short = replace(kernels.capabilities, dtypes=(torch.float32,), dropout=False, same_dropout=False)
+        kernels = replace(kernels, capabilities=short)
+    assert not [o for o in probe(kernels, device) if o.ok is not True]
+
+
+def sdpa(backend: SDPBackend) -> Target:
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None
+    ) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+            )
+
+    claims: dict[str, Any] = {"causal": True, "mask": True, "gqa": True, "nan_in_hidden_keys": False}
+    return target(attention, alignments=("top-left",), scale=False, arithmetic="wide", **claims)
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=lambda b: b.name)
+def test_pytorch_is_right_by_its_own_convention(backend: SDPBackend) -> None:
+    """Top-left alignment called a bug although nothing else was promised."""
+    words = found(sdpa(backend))
+    assert words["causal, 6 queries and 10 keys"].found.startswith(ALIGNED["top-left"])
+    assert words["a row that sees nothing, by mask"].found == "out 0, gradients 0"
+    assert words["NaN in values hidden by mask"].found == "reaches out, dq, dk"
+    assert all(o.ok is not False for o in words.values())
+
+
+def test_pytorch_backends_disagree_about_a_mask_with_causal() -> None:
+    """The same call raises or works, by backend: asked though nobody claims it, judged by nobody."""
+    math_, flash = (
+        found(sdpa(backend))["a mask and causal"] for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)
+    )
+    assert math_.found.startswith(RAISES)
+    assert flash.found == "both hold"
+    assert math_.ok is flash.ok is None
+
+
+def flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    left, right = window or (q.shape[2] + k.shape[2],) * 2
+    shift = k.shape[2] - q.shape[2]
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j >= i + shift - left) & (j <= i + shift + (0 if causal else right))
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return score if softcap is None else softcap * torch.tanh(score / softcap)
+
+    block_mask = create_block_mask(seen, None, None, q.shape[2], k.shape[2], device=str(q.device))
+    gqa = q.shape[1] != k.shape[1]
+    return flex_attention(q, k, v, capped, block_mask, enable_gqa=gqa, return_lse=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_is_understood() -> None:
+    """Blocks, score functions and an lse beside out: another way of saying the same."""
+    claims: dict[str, Any] = {"causal": True, "window": True, "softcap": True, "gqa": True, "lse": True}
+    claims |= {"backward": False, "scale": False, "nan_in_hidden_keys": False, "arithmetic": "wide"}
+    words = found(target(flex, **claims))
+    assert words["a row that sees nothing, by causal"].found == "out 0, lse -inf"
+    assert words["NaN in values hidden by window"].found == "reaches out"
+    assert not [o for o in words.values() if o.ok is False]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(empty, 0.0)
+    lse = scores.logsumexp(-1).masked_fill(empty.squeeze(-1), torch.inf)
+    return torch.softmax(scores, -1).masked_fill(empty, 0.0) @ v, lse
+
+
+def flash_2(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """lse +inf where a row sees nothing, and no gradient through it."""
+    out, lse = plain(q, k, v, mask)
+    return out, lse.detach()
+
+
+def base_2(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    out, lse = plain(q, k, v, mask)
+    return out, lse / math.log(2)
+
+
+F32: dict[str, Any] = {"dtypes": (torch.float32,), "scale": False, "mask": True, "nan_in_hidden_keys": False}
+
+
+def test_plus_infinity_on_empty_rows_is_described() -> None:
+    """flash-attn 2's convention: wrong only for who promises ours."""
+    question = "a row that sees nothing, by mask"
+    described = found(target(flash_2, lse=True, empty_rows=False, **F32))
+    assert described[question].found == "out 0, lse +inf, gradients 0"
+    assert described[question].ok is None
+    assert described["the gradient of lse"].found == "none: lse is detached"
+    assert all(o.ok is not False for o in described.values())
+    assert found(target(flash_2, lse=True, **F32))[question].ok is False
+
+
+def test_another_base_of_lse_is_described() -> None:
+    """An lse that is claimed is ours; one that is not is still worth a word."""
+    described, claimed = (found(target(base_2, lse=lse, **F32))["lse is"] for lse in (False, True))
+    assert described.found == claimed.found == "in base 2"
+    assert (described.ok, claimed.ok) == (None, False)
+
+
+def test_only_what_is_claimed_is_passed() -> None:
+    """A function of three arguments that is called with a fourth."""
+
+    def bare(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert q.shape[0] == 1
+        assert q.shape[2] == k.shape[2]
+        assert q.shape[3] == v.shape[3] == 24
+        return plain(q, k, v, None)[0]
+
+    claims: dict[str, Any] = {"head_dims": (24,), "scale": False, "batch": False, "rectangular": False}
+    words = found(target(bare, dtypes=(torch.float16,), **claims))
+    assert words.pop("scores of float16 inputs").found == "rounded to 16 bits before the softmax"
+    assert words.pop("lse is").found == "not returned"
+    assert all(o.ok for o in words.values())
+
+
+def test_what_raises_is_an_answer() -> None:
+    """A check that dies with the function it checks."""
+
+    def broken(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+        raise RuntimeError("out of shared memory\nand a long story")
+
+    for observation in probe(target(broken, causal=True, empty_rows=False, lse=True)):
+        assert observation.found == "raises RuntimeError: out of shared memory"
+        assert observation.ok is False or observation.promised is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_yardstick_of_plain_pytorch_is_one(dtype: torch.dtype) -> None:
+    """A rule whose yardstick is not what it says: PyTorch, every step in the dtype of q."""
+    problem = Case("plain", causal=True, scale=1.0, bias=Extra(axes="hqk")).build(dtype)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor, **_: object) -> Tensor:
+        return F.softmax((q @ k.mT + bias).masked_fill(hidden, -torch.inf), -1) @ v
+
+    hidden = torch.ones(33, 33, dtype=torch.bool).triu(1)
+    plain_pytorch = target(attend, dtypes=(dtype,), causal=True, bias=True, bias_gradient=True)
+    claims = plain_pytorch.capabilities
+    ratios = two_times_rule(problem, evaluate(plain_pytorch, problem), expected(problem, claims), claims)
+    assert ratios == dict.fromkeys(PASSES, 1.0)
+
+
+def test_the_yardstick_takes_every_case() -> None:
+    """Empty rows, empty tensors, dropout of everything: no NaN, and our own implementation passes."""
+    for case in (
+        Case("empty rows", mask=Extra("empty_rows", "q"), softcap=1.0),
+        Case("no keys", seqlen_k=0),
+        Case("all dropped", dropout_p=1.0),
+        Case("dropout", dropout_p=0.3, heads_q=4),
+    ):
+        problem = case.build(torch.bfloat16)
+        ratios = two_times_rule(
+            problem, evaluate(ours("fallback"), problem), expected(problem), Capabilities(lse_gradient=True)
+        )
+        assert all(ratio <= PASSES[output] for output, ratio in ratios.items()), (case.name, ratios)
