@@ -1,5 +1,6 @@
 """What to do when a GPU is at hand: the tests natively, then the sweep, then one file of results.
 
+Once every file of tests has passed, kernels/evidence.json says so.
 `bench/gpu.sh` calls this. Exit status 0: all done, all passed; 1: all done, something failed; 75: not
 everything fitted into the time, call again.
 """
@@ -15,12 +16,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..kernels import evidence
+from ..kernels.spec import IMPLEMENTATIONS
 from . import gpu_sweep, lane
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,17 +41,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=("tests", "sweep"), help="leave out the other part")
     parser.add_argument("--fresh", action="store_true", help="forget what was done")
     options = parser.parse_args(arguments)
-    journal = options.work / "journal.jsonl"
-    if options.fresh:
-        journal.unlink(missing_ok=True)
     if not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: interpreted kernels show nothing about the GPU")
 
+    where = environment()
+    # What one GPU or Triton passed says nothing of another.
+    journal = options.work / f"journal-{where['architecture']}-triton-{where['triton']}.jsonl"
+    if options.fresh:
+        journal.unlink(missing_ok=True)
     complete = lane.run(tasks(options.only), journal, options.minutes * 60)
     outcomes = lane.journal_of(journal)
-    path = write(outcomes, complete, RESULTS)
+    path = write(outcomes, complete, where, RESULTS)
+    known = evidence.record(findings(outcomes, where, f"bench/results/{path.name}"))
     if os.environ.get("OUT"):
-        for file in (path, journal):
+        for file in (path, journal, known):
             shutil.copy(file, os.environ["OUT"])
     print(table(outcomes))
     failed = [outcome for outcome in outcomes if outcome.status != "passed"]
@@ -70,9 +78,8 @@ def tasks(only: str | None = None) -> Iterator[lane.Task]:
             yield lane.Task(f"sweep/{name}", command, CASE_SECONDS)
 
 
-def write(outcomes: Sequence[lane.Outcome], complete: bool, folder: Path) -> Path:
+def write(outcomes: Sequence[lane.Outcome], complete: bool, where: Mapping[str, Any], folder: Path) -> Path:
     """One file: where it ran, what passed, every figure."""
-    where = environment()
     entries = [outcome._asdict() for outcome in outcomes]
     for entry in entries:
         if entry["status"] == "passed":
@@ -90,6 +97,25 @@ def write(outcomes: Sequence[lane.Outcome], complete: bool, folder: Path) -> Pat
     return path
 
 
+def findings(
+    outcomes: Sequence[lane.Outcome], where: Mapping[str, Any], source: str
+) -> list[evidence.Evidence]:
+    """That every implementation ran natively on this kind of GPU: once every file of tests has passed."""
+    passed = {outcome.name for outcome in outcomes if outcome.status == "passed"}
+    if not passed.issuperset(task.name for task in tasks("tests")):
+        return []
+    return [
+        evidence.Evidence(
+            implementation,
+            where["architecture"],
+            where["triton"] if implementation == "triton" else None,
+            "run natively",
+            source,
+        )
+        for implementation in IMPLEMENTATIONS
+    ]
+
+
 def environment() -> dict[str, Any]:
     """Versions and the machine: what a figure means nothing without."""
     import triton
@@ -98,7 +124,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "gpu": torch.cuda.get_device_name() if gpu else "none",
-        "capability": torch.cuda.get_device_capability() if gpu else None,
+        "architecture": evidence.architecture(torch.device("cuda" if gpu else "cpu")),
         "clocks": gpu_sweep.clocks(torch.device("cuda")) if gpu else None,
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),

@@ -1,7 +1,7 @@
 """What is known of each implementation on each architecture: compiled, interpreted, or run natively.
 
 The records lie in evidence.json. `python -m undivided.bench.static --full --record` writes those that
-say "compiled"; a record that says "run natively" comes with the file of results it was read from.
+say "compiled", `bash bench/gpu.sh` those that say "run natively", with the file of its results.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ def records() -> tuple[Evidence, ...]:
     return tuple(Evidence(**record) for record in json.loads(_FILE.read_text()))
 
 
-def record(new: Iterable[Evidence]) -> None:
-    """Write records, each in place of an earlier one that says the same."""
+def record(new: Iterable[Evidence]) -> Path:
+    """Write records, each in place of an earlier one that says the same; the file they are in."""
     by_key = {entry[:4]: entry for entry in (*records(), *new)}
     ordered = sorted(by_key.values(), key=lambda entry: tuple(map(str, entry)))
     _FILE.write_text(json.dumps([entry._asdict() for entry in ordered], indent=1) + "\n")
     records.cache_clear()
+    return _FILE
 
 
 def state_of(implementation: str, architecture: str, triton_version: str | None = None) -> str:

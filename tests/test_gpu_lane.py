@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from undivided.bench import gpu, gpu_sweep, lane
+from undivided.kernels import evidence
 
 CPU = torch.device("cpu")
 
@@ -101,7 +103,71 @@ def test_results_and_table(tmp_path: Path) -> None:
         lane.Outcome("tests/test_x.py", "passed", 1.0, "3 passed", []),
         lane.Outcome("sweep/hd128", "timed out", 1.0, "noise", [record]),
     ]
-    document = json.loads(gpu.write(outcomes, True, tmp_path).read_text())
-    assert {"gpu", "torch", "triton", "date"} <= document["environment"].keys()
+    document = json.loads(gpu.write(outcomes, True, gpu.environment(), tmp_path).read_text())
+    assert {"gpu", "architecture", "torch", "triton", "date"} <= document["environment"].keys()
     assert document["sweep"][0]["records"] == [record]
     assert "123.4" in gpu.table(outcomes)
+
+
+class TestEvidence:
+    """What kernels/evidence.json says of a GPU is what was shown there, and no more."""
+
+    @pytest.fixture(autouse=True)
+    def _machine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """What the lane asks of a machine with a GPU; files go to a folder of their own."""
+        self.where = {**gpu.environment(), "gpu": "NVIDIA H300", "architecture": "sm_95", "triton": "9.9.0"}
+        self.failing: set[str] = set()
+        self.out, self.work = tmp_path / "out", tmp_path / "work"
+        self.out.mkdir()
+        file = tmp_path / "evidence.json"
+        file.write_text("[]")
+        evidence.records.cache_clear()
+        with monkeypatch.context() as patches:
+            patches.delenv("TRITON_INTERPRET", raising=False)
+            patches.setenv("OUT", str(self.out))
+            patches.setattr(torch.cuda, "is_available", lambda: True)
+            patches.setattr(gpu, "environment", lambda: self.where)
+            patches.setattr(gpu, "RESULTS", tmp_path / "results")
+            patches.setattr(evidence, "_FILE", file)
+            patches.setattr(lane, "perform", self.perform)
+            yield
+        evidence.records.cache_clear()
+
+    def perform(self, task: lane.Task) -> lane.Outcome:
+        return lane.Outcome(task.name, "failed" if task.name in self.failing else "passed", 1.0, "", [])
+
+    def go(self, *arguments: str) -> int:
+        return gpu.main(["--work", str(self.work), *arguments])
+
+    def test_a_complete_pass_is_recorded(self) -> None:
+        assert self.go("--only", "tests") == 0
+        assert evidence.state_of("triton", "sm_95", "9.9.0") == "run natively"
+        assert evidence.state_of("triton", "sm_95", "9.9.1") == evidence.NO_EVIDENCE
+        assert evidence.state_of("fallback", "sm_95") == "run natively"
+        assert {entry.source for entry in evidence.records()} == {
+            f"bench/results/nvidia-h300-{self.where['date']}.json"
+        }
+        assert (self.out / "evidence.json").read_text() == evidence._FILE.read_text()
+
+    def test_a_failure_in_the_sweep_is_another_matter(self) -> None:
+        self.failing = {f"sweep/{next(iter(gpu_sweep.CASES))}"}
+        assert self.go() == 1
+        assert evidence.state_of("triton", "sm_95", "9.9.0") == "run natively"
+
+    @pytest.mark.parametrize("arguments", [(), ("--only", "sweep")])
+    def test_anything_less_is_not(self, arguments: tuple[str, ...]) -> None:
+        """One file that failed, or files that were not run."""
+        self.failing = {"tests/test_implementations.py"}
+        self.go(*arguments)
+        assert evidence.records() == ()
+
+    def test_what_another_gpu_passed_does_not_count(self) -> None:
+        assert self.go("--only", "tests") == 0
+        self.where["architecture"] = "sm_96"
+        assert self.go("--only", "sweep") == 0
+        assert evidence.state_of("triton", "sm_96", "9.9.0") == evidence.NO_EVIDENCE
+
+    def test_the_interpreter_shows_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        with pytest.raises(SystemExit):
+            self.go()

@@ -92,7 +92,7 @@ def _kind(x: Any) -> Hashable:
         return x.dtype, x.data_ptr() % 16 == 0
     if isinstance(x, int):
         return x == 1, x % 16 == 0, x.bit_length() > 31
-    return type(x)
+    return type(x).__name__
 
 
 def broadcast_strides(x: Tensor | None) -> Strides | None:
