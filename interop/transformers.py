@@ -211,11 +211,12 @@ def _key_mask(
 def _validity(attention_mask: Tensor, first: int, seqlen: int) -> Tensor | None:
     """Which of the keys first ... first + seqlen - 1 are no padding, (batch, seqlen); None: all of them.
 
-    Keys past the mask's end are padding, as transformers has it.
+    Keys past the mask's end are padding, as transformers has it. Only a CPU's mask is looked into: a
+    GPU would have to finish its work first, at every forward pass.
     """
     missing = max(0, first + seqlen - attention_mask.shape[1])
     valid = F.pad(attention_mask, (0, missing))[:, first : first + seqlen]
-    if not is_tracing(valid) and bool(valid.all()):
+    if valid.device.type == "cpu" and not is_tracing(valid) and bool(valid.all()):
         return None
     return valid
 

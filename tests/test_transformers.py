@@ -321,6 +321,13 @@ def test_a_full_batch_needs_no_mask() -> None:
     assert make_mask(2, 5, 5, attention_mask=torch.ones(2, 5, dtype=torch.bool)) is None
 
 
+def test_making_a_mask_does_not_wait_for_the_device() -> None:
+    """Asking a GPU's tensor for a truth value waits for all its work; a meta tensor has none to give."""
+    mask = make_mask(2, 5, 5, attention_mask=torch.ones(2, 5, dtype=torch.bool, device="meta"), device="meta")
+    assert mask is not None
+    assert mask.shape == (2, 5, 5)
+
+
 def test_is_causal_of_the_call_wins_over_the_module() -> None:
     """CLIP's text model passes is_causal=True although its module says False."""
     q, k, v = torch.randn(3, 1, 2, 5, 8)[:, :, None].expand(3, 1, 1, 2, 5, 8).flatten(1, 2)
