@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,6 +86,41 @@ def test_compile_is_one_graph_and_equal(qkv: tuple[Tensor, ...], dynamic: bool) 
     assert torch.equal(compiled(*qkv), windowed(*qkv))
     for ours, eager in zip(gradients(compiled, *qkv), gradients(windowed, *qkv), strict=True):
         assert torch.equal(ours, eager)
+
+
+INDUCTOR = """
+import torch
+from undivided import attention, scaled_dot_product_attention
+
+def call(q, k, v, bias):
+    stats = attention(q, k, v, causal=True, window=(2, None), bias=bias, softcap=5.0, want=("lse",))
+    facade = scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    return facade.sin().sum() + (stats.out * stats.lse[..., None]).sum()
+
+shapes = (2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8), (4, 1, 7)
+tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+compiled = torch.compile(call, fullgraph=True)
+for ours, eager in zip(*(torch.autograd.grad(f(*tensors), tensors) for f in (compiled, call))):
+    torch.testing.assert_close(ours, eager)
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles what it writes for a CPU by g++")
+def test_compile_with_the_default_backend(tmp_path: Path) -> None:
+    """Inductor parses schemas anew: two arguments of one name were accepted everywhere but there.
+
+    In a process of its own, without caches: a graph compiled yesterday proves nothing.
+    """
+    environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", INDUCTOR],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_compile_with_options_and_sdpa_facade() -> None:
