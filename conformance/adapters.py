@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels import dispatch
 from ..kernels.spec import DTYPES
+from . import library_adapters, torch_adapters
 from .budget import Arithmetic
 from .cases import Problem
-from .target import EVERYTHING, Target
+from .target import EVERYTHING, Target, as_code, claim, target
 
 ARITHMETIC: dict[str, Arithmetic] = {
     "auto": "kernel",
@@ -40,3 +45,58 @@ def _dtypes(impl: str) -> tuple[torch.dtype, ...]:
         interpreted = (torch.float16, torch.float32)
         return (*interpreted, torch.bfloat16) if torch.cuda.is_available() else interpreted
     return DTYPES
+
+
+Maker = Callable[[torch.device], Target]
+
+ADAPTERS: dict[str, Maker] = {
+    **{f"undivided-{impl}": partial(lambda impl, device: ours(impl), impl) for impl in ARITHMETIC},
+    **{f"torch-{name}": partial(torch_adapters.sdpa, name) for name in torch_adapters.BACKENDS},
+    "torch-flex": torch_adapters.flex,
+    "torch-flex-compiled": torch_adapters.flex_compiled,
+    "transformers-eager": library_adapters.transformers_eager,
+    "flash-attn2": library_adapters.flash_attn2,
+    "flash-attn3": library_adapters.flash_attn3,
+    "flash-attn4": library_adapters.flash_attn4,
+    "xformers": library_adapters.xformers,
+}
+"""Makers of targets, by name. What one claims may depend on the device. One raises ImportError if the
+package it needs cannot be imported, and ValueError if the device is not one it runs on."""
+
+
+class UnknownTargetError(ValueError):
+    """A text that names no attention function."""
+
+
+def resolve(text: str, device: str | torch.device | None = None, **claims: Any) -> Target:
+    """The target that a text names: an adapter, or "module:function", which is imported, that is executed.
+
+    claims: fields of `Capabilities` that differ from what the adapter claims, or from the defaults.
+
+    Raises:
+        UnknownTargetError: there is no such adapter or function. Further, what importing it raises.
+    """
+    if text in ADAPTERS:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found = ADAPTERS[text](device)
+    else:
+        function = _load(text)
+        found = function if isinstance(function, Target) else target(function, text)
+    capabilities = claim(found.capabilities, claims)
+    return replace(found, capabilities=capabilities, origin=as_code(text, claims))
+
+
+def _load(text: str) -> Any:
+    module, _, path = text.partition(":")
+    if not module or not path:
+        raise UnknownTargetError(
+            f"{text!r} is neither an adapter ({', '.join(ADAPTERS)}) nor of the form module:function"
+        )
+    found: Any = importlib.import_module(module)
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise UnknownTargetError(f"{text!r}: there is no {name} in {found.__name__}")
+        found = getattr(found, name)
+    if not callable(found) and not isinstance(found, Target):
+        raise UnknownTargetError(f"{text!r} is no function but {type(found).__name__}")
+    return found

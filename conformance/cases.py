@@ -118,6 +118,12 @@ class Problem(NamedTuple):
             },
         )
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        """The same problem with change(x) for each of its tensors x."""
+        options = {name: change(x) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        q, k, v, dout, dlse = map(change, (*self[:3], self.dout, self.dlse))
+        return Problem(q, k, v, cast(AttentionOptions, options), dout, dlse, self.top_left)
+
     def has_empty_rows(self) -> bool:
         """Whether some query sees no key, or only scores of -inf."""
         inputs, spec = self.prepared()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .cases import Problem
 from .oracle import Oracle, Results, solve
@@ -18,12 +19,16 @@ def evaluate(target: Target, problem: Problem) -> Results:
         options = {**options, "bias": leaves[-1]}
     q, k, v = leaves[:3]
     out, lse = target.attend(problem._replace(q=q, k=k, v=v, options=options))
+    assert isinstance(out, Tensor), f"returned {type(out).__name__}, not a tensor"
+    assert lse is None or isinstance(lse, Tensor), f"returned {type(lse).__name__} for lse, not a tensor"
     results = Results(out.detach(), None if lse is None or not claims.lse else lse.detach())
     if not claims.backward:
         return results
+    assert out.requires_grad, "out carries no gradient"
     outputs, grads = [out], [problem.dout]
     if claims.lse_gradient:
-        assert lse is not None, f"{target.name} claims a gradient of lse and returns none"
+        assert lse is not None, "a gradient of lse is claimed, and no lse returned"
+        assert lse.requires_grad, "a gradient of lse is claimed, and lse carries none"
         outputs, grads = [out, lse], [problem.dout, problem.dlse]
     dq, dk, dv, *dbias = torch.autograd.grad(outputs, leaves, grads)
     four_axes = [x[(None,) * (4 - x.ndim)] for x in dbias]

@@ -6,7 +6,7 @@ They work wherever the numbers can be looked at, so also for kernels in Triton's
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -39,6 +39,29 @@ def fenced(x: Tensor) -> Tensor:
     view = buffer.permute(inverse)[tuple(slice(1, 1 + n) for n in stored.shape)]
     view.copy_(stored)
     return view.expand(x.shape)
+
+
+def fenced_whole(x: Tensor) -> Tensor:
+    """x, contiguous, with canaries before and after it only: for who takes no strides."""
+    return fenced(x.reshape(-1)).view(x.shape)
+
+
+def far_apart(tensors: Sequence[Tensor], axis: int) -> list[Tensor]:
+    """Copies whose last index along an axis lies 2^31 elements behind the first.
+
+    They share a buffer of 2^32 elements; on a CPU only its touched pages exist. An offset that is cut to
+    32 bits finds poison that lies 2^31 elements before them. Sizes of that axis must be 2 or more.
+    """
+    room = sum(x.numel() for x in tensors)
+    buffer = tensors[0].new_empty(2**32 + 2 * room)
+    poison(buffer[:room])
+    far, start = [], 2**31
+    for x in tensors:
+        strides = list(torch.empty(x.shape, device="meta").stride())
+        strides[axis] = -(-(2**31) // (x.shape[axis] - 1))
+        far.append(buffer.as_strided(x.shape, strides, start).copy_(x))
+        start += x.numel()
+    return far
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,9 @@ class Capabilities:
     seqlen_q may differ from seqlen_k. different_head_dims: v's may differ from q's. any_strides: q, k, v
     need not be contiguous. mask_and_causal: both in one call, ANDed. lse: it returns one; lse_gradient:
     which is differentiable. dropout: with an int seed; the elements it drops are those of this package
-    (`same_dropout`) or its own. empty: sizes of 0. arithmetic: see `budget`.
+    (`same_dropout`) or its own. empty: sizes of 0. any_bias_dtype: bias may have another float dtype than
+    q. deterministic: the same call gives the same bits. compiles: it can be traced, with fake tensors too.
+    arithmetic: see `budget`.
     """
 
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
@@ -50,12 +52,15 @@ class Capabilities:
     nan_in_hidden_keys: bool = True
     key_lengths: bool = False
     bias: bool = False
+    any_bias_dtype: bool = False
     bias_gradient: bool = False
     softcap: bool = False
     dropout: bool = False
     same_dropout: bool = False
     lse: bool = False
     lse_gradient: bool = False
+    deterministic: bool = True
+    compiles: bool = False
 
 
 _CLAIMS: dict[str, Any] = {field.name: True for field in fields(Capabilities) if field.type == "bool"}
@@ -64,12 +69,17 @@ EVERYTHING = Capabilities(alignments=("bottom-right", "top-left"), **_CLAIMS)
 
 @dataclass(frozen=True)
 class Target:
-    """An attention function under test. note: what a reader must know, "a stand-in" say."""
+    """An attention function under test.
+
+    note: what a reader must know, "a stand-in" say. origin: the arguments of `adapters.resolve` that make
+    it again, as code.
+    """
 
     name: str
     attend: Attend
     capabilities: Capabilities
     note: str = ""
+    origin: str = ""
 
     def refusal(self, case: Case, dtype: torch.dtype) -> str | None:
         """Why a case is not asked; None if it is."""
@@ -95,6 +105,7 @@ class Target:
             "mask_and_causal": claims.mask_and_causal or case.mask is None or not aligned,
             "key_lengths": claims.key_lengths or case.key_lengths is None,
             "bias": claims.bias or case.bias is None,
+            "any_bias_dtype": claims.any_bias_dtype or case.bias is None or case.bias.dtype in (None, dtype),
             "softcap": claims.softcap or case.softcap is None,
             "dropout": claims.same_dropout or case.dropout_p == 0.0,
             "empty_rows": claims.empty_rows or not case.build(torch.float32).has_empty_rows(),
@@ -112,14 +123,27 @@ def target(function: Callable[..., Any], name: str | None = None, **capabilities
     Raises:
         TypeError: an unknown capability.
     """
-    known = [field.name for field in fields(Capabilities)]
-    for key in capabilities:
-        if key not in known:
-            raise TypeError(f"unknown capability {key!r}; there are {', '.join(known)}")
+    claims = claim(Capabilities(), capabilities)
 
     def attend(problem: Problem) -> tuple[Tensor, Tensor | None]:
         answer = function(problem.q, problem.k, problem.v, **problem.given_options())
         return answer if isinstance(answer, tuple) else (answer, None)
 
     name = name or str(getattr(function, "__name__", "attention"))
-    return Target(name, attend, Capabilities(**capabilities))
+    module, path = (getattr(function, key, "") for key in ("__module__", "__qualname__"))
+    origin = as_code(f"{module}:{path}", capabilities) if module and path else ""
+    return Target(name, attend, claims, origin=origin)
+
+
+def claim(capabilities: Capabilities, changes: Mapping[str, Any]) -> Capabilities:
+    """The same claims but for some. TypeError: there is no such claim."""
+    known = [field.name for field in fields(Capabilities)]
+    for key in changes:
+        if key not in known:
+            raise TypeError(f"unknown capability {key!r}; there are {', '.join(known)}")
+    return replace(capabilities, **changes)
+
+
+def as_code(text: str, claims: Mapping[str, Any]) -> str:
+    """Arguments of a call of `adapters.resolve`."""
+    return ", ".join([repr(text), *(f"{name}={value!r}" for name, value in claims.items())])

@@ -1,0 +1,135 @@
+"""Which questions a target is asked: what to check, on which case, in which dtype."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+
+from . import safety
+from .cases import CASES, OPTIONS, Case, Extra, Problem
+from .oracle import ROUNDOFF
+from .target import Target
+
+Level = Literal["quick", "full"]
+
+LONG = (
+    Case("long keys", heads_q=1, heads_kv=1, seqlen_q=130, seqlen_k=4096, head_dim=64),
+    Case("long", heads_q=1, heads_kv=1, seqlen_q=1500, seqlen_k=1500, head_dim=32),
+    Case("long causal", heads_q=1, heads_kv=1, seqlen_q=1111, seqlen_k=1111, head_dim=32, causal=True),
+)
+"""Enough keys for a running sum kept in 16 bits, or rescaled once too seldom, to leave the budget."""
+
+HUGE = (Case("huge logits", scale=500.0), Case("huge equal logits", distribution="uniform", scale=1e4))
+
+CANARIES = (
+    Case("odd sizes", batch=2, seqlen_q=17, seqlen_k=33, head_dim=20),
+    Case("square", head_dim=20),
+    Case("grouped", heads_q=4, heads_kv=2, seqlen_q=17, seqlen_k=17),
+    Case("causal", seqlen_q=19, seqlen_k=19, causal=True),
+    Case("window", seqlen_q=35, seqlen_k=50, window=(3, 2)),
+    Case("masked", seqlen_q=18, mask=Extra("random", "qk")),
+    Case("biased", batch=2, seqlen_q=18, bias=Extra("random", "hk")),
+    Case("lengths", batch=2, seqlen_q=5, key_lengths=(3, 31)),
+)
+"""Sizes that no tile divides, each kind of tensor that is read: what is asked of memory."""
+
+HIDING = (
+    Case("past the lengths", batch=2, heads_kv=1, key_lengths=(21, 4)),
+    Case("an empty sequence", batch=2, seqlen_q=5, key_lengths=(0, 33)),
+    Case("masked columns", mask=Extra("empty_columns", "k")),
+    Case("masked columns, whole mask", mask=Extra("empty_columns", "qk")),
+    Case("padding of one entry", batch=2, mask=Extra("padding_left", "bqk")),
+    Case("before every window", seqlen_q=4, seqlen_k=40, window=(3, None)),
+    Case("after every window", seqlen_q=4, seqlen_k=40, window=(None, 2), top_left=True),
+    Case("after every query", seqlen_q=4, seqlen_k=40, causal=True, top_left=True),
+)
+"""Keys that no query of a batch entry sees, each way of hiding them."""
+
+FAR = (Case("two heads, two rows", seqlen_q=2, seqlen_k=2),)
+
+
+class Kind(NamedTuple):
+    """A check and the cases it is put to. claim: without which it is not asked at all.
+
+    dtypes: of those a case is asked in, "all", one of them ("turns"), or the one that rounds most
+    ("coarsest"); with the level full "turns" means all.
+    """
+
+    name: str
+    run: Callable[[Target, Problem], safety.Outcome]
+    cases: Sequence[Case]
+    dtypes: Literal["all", "turns", "coarsest"] = "turns"
+    claim: str | None = None
+    full_only: bool = False
+
+
+_SINGLES = tuple(case for case in CASES if case.name in OPTIONS)
+_PAIRS = tuple(case for case in CASES if "+" in case.name)
+_OTHERS = tuple(case for case in CASES if case not in _SINGLES and case not in _PAIRS)
+
+VALUES = "values"
+_KINDS = (
+    Kind(VALUES, safety.values, _SINGLES, "all"),
+    Kind(VALUES, safety.values, (*_OTHERS, *HUGE)),
+    Kind(VALUES, safety.values, _PAIRS, full_only=True),
+    Kind("long sequences", safety.values, LONG, "coarsest"),
+    Kind("nothing outside is read", safety.reads_nothing_outside, CANARIES),
+    Kind("every element is written", safety.writes_every_element, CANARIES),
+    Kind("inputs stay as they are", safety.leaves_inputs_alone, CANARIES),
+    Kind("the same bits again", safety.repeats, CANARIES, claim="deterministic"),
+    Kind(
+        "batch entries are independent",
+        safety.keeps_entries_apart,
+        tuple(replace(case, batch=2) for case in CANARIES),
+    ),
+    Kind("hidden keys reach nothing", safety.ignores_hidden_keys, HIDING, claim="nan_in_hidden_keys"),
+    Kind("64-bit offsets", safety.reaches_far, FAR, "coarsest", "any_strides"),
+    Kind("fake tensors agree with real ones", safety.fakes_faithfully, CANARIES, claim="compiles"),
+    Kind("compiled agrees with eager", safety.compiles, CANARIES, "turns", "compiles", full_only=True),
+)
+CHECKS = {kind.name: kind.run for kind in _KINDS}
+
+
+class Question(NamedTuple):
+    """One check on one case."""
+
+    check: str
+    case: Case
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.check}, {self.case.name}, {self.dtype}".replace("torch.", "")
+
+
+def questions(target: Target, level: Level, skipped: Counter[str]) -> Iterator[Question]:
+    """What to ask; `skipped` counts the cases that are not asked, by the claim that is missing.
+
+    quick: every case but the pairs of options, each in one dtype (they take turns), the single options in
+    all dtypes; seconds on a CPU. full: everything in every dtype, and what is slow.
+    """
+    for kind in _KINDS:
+        if kind.full_only and level == "quick":
+            continue
+        if kind.claim is not None and not getattr(target.capabilities, kind.claim):
+            skipped[kind.claim] += len(kind.cases)
+            continue
+        for index, case in enumerate(kind.cases):
+            dtypes = _askable(target, case, skipped)
+            if dtypes and kind.dtypes == "coarsest":
+                dtypes = [max(dtypes, key=lambda dtype: ROUNDOFF[dtype])]
+            elif dtypes and kind.dtypes == "turns" and level == "quick":
+                dtypes = [dtypes[index % len(dtypes)]]
+            yield from (Question(kind.name, case, dtype) for dtype in dtypes)
+
+
+def _askable(target: Target, case: Case, skipped: Counter[str]) -> list[torch.dtype]:
+    """The dtypes in which a target claims to take a case."""
+    refusals = {dtype: target.refusal(case, dtype) for dtype in target.capabilities.dtypes}
+    dtypes = [dtype for dtype, refusal in refusals.items() if refusal is None]
+    if not dtypes:
+        skipped.update([next((reason for reason in refusals.values() if reason), "dtypes")])
+    return dtypes

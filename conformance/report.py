@@ -1,0 +1,143 @@
+"""A report for people: in the terminal, as plain text, as a page. All three show the same sections."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .page import Section, page
+from .verdict import Report, dtype_name
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+GOOD, BAD, OPEN = "✓", "✗", "·"
+NAMED = 4
+"""How many of the cases that fail of one cause are named."""
+
+
+def sections(report: Report) -> list[Section]:
+    """What there is to say, in order; nothing in it that would be empty."""
+    found = [_checks(report), _values(report), _meaning(report), _not_asked(report)]
+    return [section for section in found if section.rows] + _failures(report)
+
+
+def title(report: Report) -> str:
+    good = sum(verdict.ok for verdict in report.verdicts)
+    verdict = "right" if report.ok else "WRONG"
+    return f"{report.target}: {verdict}, {good} of {len(report.verdicts)} questions passed"
+
+
+def facts(report: Report) -> str:
+    """Where the report comes from, in a line."""
+    told = ", ".join(f"{name} {value}" for name, value in report.environment.items())
+    return f"{report.note + '; ' if report.note else ''}level {report.level}; {told}"
+
+
+def html(report: Report) -> str:
+    """One self-contained page."""
+    return page(title(report), [Section("Where", facts(report)), *sections(report)])
+
+
+def text(report: Report) -> str:
+    """Plain text."""
+    lines = [title(report), facts(report)]
+    for section in sections(report):
+        lines += ["", section.heading]
+        if section.rows:
+            lines += _aligned([section.columns, *section.rows])
+        lines += [f"  {line}".rstrip() for line in section.text.splitlines()]
+    return "\n".join(lines)
+
+
+def show(report: Report, console: Console) -> None:
+    """The same with colours and tables."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print(Text(title(report), style="bold green" if report.ok else "bold red"))
+    console.print(Text(facts(report), style="dim"))
+    for section in sections(report):
+        console.print(Text(f"\n{section.heading}", style="bold"))
+        if section.rows:
+            table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 2, 0, 0))
+            for name in section.columns:
+                table.add_column(name, overflow="fold")
+            for row in section.rows:
+                table.add_row(*(Text(str(cell), style=_style(str(cell))) for cell in row))
+            console.print(table)
+        if section.text:
+            console.print(Text(section.text), soft_wrap=True)
+
+
+def _checks(report: Report) -> Section:
+    asked = Counter(verdict.check for verdict in report.verdicts)
+    passed = Counter(verdict.check for verdict in report.verdicts if verdict.ok)
+    rows = [
+        (f"{GOOD if passed[name] == count else BAD} {name}", passed[name], count)
+        for name, count in asked.items()
+    ]
+    return Section("Checks", "", ("check", "passed", "asked"), rows)
+
+
+def _values(report: Report) -> Section:
+    rows = []
+    for (output, dtype), worst in sorted(report.worst().items(), key=lambda item: _order(*item[0])):
+        mark = GOOD if worst.constant <= worst.allowed else BAD
+        rule = f"{worst.yardstick_asked - worst.yardstick_failed} of {worst.yardstick_asked}"
+        rows.append(
+            (
+                output,
+                dtype_name(dtype),
+                f"{mark} {worst.constant:.3g}",
+                f"{worst.allowed:.3g}",
+                rule if worst.yardstick_asked else "not asked",
+            )
+        )
+    columns = ("output", "dtype", "worst C", "allowed C", "within 2× rule (gradients 3×)")
+    return Section("Worst errors: |x - x64| <= eta + C·u·cond(x)", "", columns, rows)
+
+
+def _order(output: str, dtype: object) -> tuple[int, str]:
+    return ("out", "lse", "dq", "dk", "dv", "dbias").index(output), str(dtype)
+
+
+def _meaning(report: Report) -> Section:
+    rows = [
+        (
+            f"{GOOD if o.ok else BAD if o.ok is False else OPEN} {o.question}",
+            o.found,
+            "" if o.ok else o.promised or "nothing",
+        )
+        for o in report.observations
+    ]
+    return Section("What it means", "", ("question", "found", "promised, where other"), rows)
+
+
+def _not_asked(report: Report) -> Section:
+    rows = sorted(report.skipped.items(), key=lambda item: -item[1])
+    return Section("Not asked, for this is not claimed", "", ("claim", "cases"), rows)
+
+
+def _failures(report: Report) -> list[Section]:
+    found = []
+    for failure in report.failures:
+        names = ", ".join(failure.names[:NAMED])
+        more = len(failure.names) - NAMED
+        where = f"Cases: {names}" + (f", and {more} more" if more > 0 else "") + "."
+        code = "\n".join(f"    {line}" for line in failure.code.splitlines())
+        words = f"{where}\n\n{dtype_name(failure.dtype)}, smallest case: {failure.detail}\n\n{code}"
+        found.append(Section(f"{BAD} {failure.check}: {failure.cause}", words))
+    return found
+
+
+def _aligned(rows: Sequence[Sequence[object]]) -> list[str]:
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in cells]
+
+
+def _style(cell: str) -> str:
+    return {GOOD: "green", BAD: "bold red"}.get(cell[:1], "")

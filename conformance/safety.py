@@ -1,0 +1,199 @@
+"""What can be wrong with an attention function, as plain functions: ask a problem, return what it gave.
+
+A check takes a target and a problem. It returns the worst elements it measured, which `check` judges by
+the budget, or raises AssertionError with what is wrong in words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..kernels.masks import visible
+from .budget import Finding, measure
+from .cases import Problem
+from .evaluation import evaluate, expected
+from .memory import far_apart, fenced, fenced_whole, poisoned_allocations
+from .oracle import Oracle, Results
+from .target import Target
+from .yardstick import two_times_rule
+
+REPEATS = {"cpu": 2, "cuda": 20}
+"""How often a call is repeated to see the same bits; a race between programs needs many."""
+
+FAR_MEMORY = 20 * 2**30
+"""Bytes of a GPU, which commits what it allocates, below which nothing can be put far apart."""
+
+
+class Outcome(NamedTuple):
+    """What a check measured. yardstick as in `Verdict`."""
+
+    findings: list[Finding]
+    yardstick: dict[str, float]
+
+
+class NotAskedError(Exception):
+    """This machine cannot ask the question."""
+
+
+def values(target: Target, problem: Problem) -> Outcome:
+    """Every element of out, lse and the gradients, against the oracle; shapes and dtypes."""
+    results = evaluate(target, problem)
+    _assert_dtypes(results, problem)
+    oracle = expected(problem, target.capabilities)
+    findings = measure(results, oracle, target.capabilities.arithmetic)
+    if oracle.dtype == torch.float64:  # plain PyTorch in float64 is the oracle
+        return Outcome(findings, {})
+    return Outcome(findings, two_times_rule(problem, results, oracle, target.capabilities))
+
+
+def reads_nothing_outside(target: Target, problem: Problem) -> Outcome:
+    """NaN around every tensor: before, after, and between its rows where strides may be anything."""
+    fence = fenced if target.capabilities.any_strides else fenced_whole
+    return _within_budget(target, problem.mapped(fence), problem)
+
+
+def writes_every_element(target: Target, problem: Problem) -> Outcome:
+    """NaN in everything that PyTorch hands out uninitialised."""
+    with poisoned_allocations():
+        results = evaluate(target, problem)
+    return Outcome(_measured(target, results, problem), {})
+
+
+def leaves_inputs_alone(target: Target, problem: Problem) -> Outcome:
+    """q scaled in place, a mask completed in place, dout used as scratch."""
+    before = problem.mapped(torch.clone)
+    evaluate(target, problem)
+    for (name, x), y in zip(_tensors(problem).items(), _tensors(before).values()):
+        assert _same(x, y), f"modifies {name}"
+    return Outcome([], {})
+
+
+def repeats(target: Target, problem: Problem) -> Outcome:
+    """Atomics, a race between programs, a state that is kept from call to call."""
+    first = evaluate(target, problem)
+    count = REPEATS.get(problem.q.device.type, 2)
+    for _ in range(count):
+        for name, x, y in zip(Results._fields, first, evaluate(target, problem)):
+            assert _same(x, y), f"other bits of {name} in {count + 1} calls"
+    return Outcome([], {})
+
+
+def keeps_entries_apart(target: Target, problem: Problem) -> Outcome:
+    """NaN in every batch entry but the first, which must not notice."""
+
+    def spoiled(x: Tensor) -> Tensor:
+        return torch.cat([x[:1], torch.full_like(x[1:], torch.nan)])
+
+    q, k, v, dout, dlse = map(spoiled, (*problem[:3], problem.dout, problem.dlse))
+    dirty = Problem(q, k, v, problem.options, dout, dlse, problem.top_left)
+    *parts, dtype = expected(problem, target.capabilities)
+    value, cond, score_cond, underflow = map(_first_entry, parts)
+    first = Oracle(value, cond, score_cond, underflow, dtype)
+    results = _first_entry(evaluate(target, dirty))
+    return Outcome(measure(results, first, target.capabilities.arithmetic), {})
+
+
+def ignores_hidden_keys(target: Target, problem: Problem) -> Outcome:
+    """NaN and infinities in keys and values that no query of the batch entry sees; their gradient is 0."""
+    hidden = hidden_keys(problem)
+    traps = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=problem.k.dtype, device=hidden.device)
+    anything = traps[torch.arange(hidden.shape[2], device=hidden.device) % 3][:, None]
+    clean, dirty = (
+        problem._replace(k=torch.where(hidden, x, problem.k), v=torch.where(hidden, x, problem.v))
+        for x in (torch.zeros_like(anything), anything)
+    )
+    return _within_budget(target, dirty, clean)
+
+
+def reaches_far(target: Target, problem: Problem) -> Outcome:
+    """index · stride beyond 2^31, computed in 32 bits: silent garbage long before it crashes."""
+    device = problem.q.device
+    if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < FAR_MEMORY:
+        raise NotAskedError(f"64-bit offsets need a GPU with {FAR_MEMORY >> 30} GiB")
+    findings = []
+    for axis in (1, 2):  # heads, rows
+        try:
+            q, k, v, dout = far_apart([problem.q, problem.k, problem.v, problem.dout], axis)
+        except RuntimeError as error:
+            raise NotAskedError("64-bit offsets need more memory") from error
+        far = problem._replace(q=q, k=k, v=v, dout=dout)
+        findings += _within_budget(target, far, problem).findings
+    return Outcome(findings, {})
+
+
+def fakes_faithfully(target: Target, problem: Problem) -> Outcome:
+    """What torch.compile believes of shapes, dtypes and strides, against what is."""
+    real = evaluate(target, problem)
+    with FakeTensorMode() as mode:
+        fake = evaluate(target, problem.mapped(mode.from_tensor))
+    for name, x, y in zip(Results._fields, real, fake):
+        if x is None or y is None:
+            assert x is y, f"fake tensors give {'no' if y is None else 'a'} {name}"
+            continue
+        for what, a, b in (
+            ("shape", tuple(x.shape), tuple(y.shape)),
+            ("dtype", x.dtype, y.dtype),
+            ("strides", _strides(x), _strides(y)),
+        ):
+            assert a == b, f"fake tensors give {name} the {what} {b}, real ones {a}"
+    return Outcome([], {})
+
+
+def compiles(target: Target, problem: Problem) -> Outcome:
+    """Traced into one graph by torch.compile, with the values of eager mode."""
+    torch._dynamo.reset()
+    attend = torch.compile(target.attend, fullgraph=True, backend="aot_eager", dynamic=False)
+    return _within_budget(replace(target, attend=attend), problem, problem)
+
+
+def hidden_keys(problem: Problem) -> Tensor:
+    """Keys that no query of the batch entry sees, bool (batch, 1, seqlen_k, 1)."""
+    inputs, spec = problem.prepared()
+    seen = visible(inputs, spec)
+    assert seen is not None, "this problem hides nothing"
+    batch, heads, seqlen_q, _ = problem.q.shape
+    return ~seen.expand(batch, heads, seqlen_q, -1).flatten(1, 2).any(1)[:, None, :, None]
+
+
+def _within_budget(target: Target, asked: Problem, meant: Problem) -> Outcome:
+    """A problem that must give the results of another."""
+    return Outcome(_measured(target, evaluate(target, asked), meant), {})
+
+
+def _measured(target: Target, results: Results, problem: Problem) -> list[Finding]:
+    return measure(results, expected(problem, target.capabilities), target.capabilities.arithmetic)
+
+
+def _assert_dtypes(results: Results, problem: Problem) -> None:
+    dtype = problem.q.dtype
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, x in zip(("out", "lse"), results[:2]):
+        must = dtype if name == "out" else statistics
+        assert x is None or x.dtype == must, f"{name} has dtype {x.dtype}, not {must}"
+
+
+def _tensors(problem: Problem) -> dict[str, Tensor]:
+    everything = {**problem._asdict(), **problem.options}
+    return {name: x for name, x in everything.items() if isinstance(x, Tensor)}
+
+
+def _same(x: Tensor | None, y: Tensor | None) -> bool:
+    """Bit for bit, but that all NaN are alike."""
+    if x is None or y is None:
+        return x is y
+    return torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
+def _first_entry(results: Results) -> Results:
+    """Without the gradient of bias, which may be a sum over the entries."""
+    return Results(*(None if x is None else x[:1] for x in results[:5]))
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Those that mean something."""
+    return tuple(stride for size, stride in zip(x.shape, x.stride()) if size > 1)
