@@ -164,7 +164,7 @@ TABLE: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
 # rows, where the one above would spill inside the loop.
 _AMPERE_BUSY: Mapping[Kernel, Mapping[int, TileConfig]] = {
     "forward": {
-        64: TileConfig(128, 64, 8, 2),
+        64: TileConfig(128, 32, 8, 2),
         128: TileConfig(64, 32, 4, 2),
         256: TileConfig(32, 32, 4, 1),
         512: TileConfig(16, 16, 4, 1),
