@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton", reason="the compile lane needs Triton")
 import triton.language as tl  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from undivided.bench.static import __main__ as lane  # noqa: E402
 from undivided.bench.static import gates, report, sass  # noqa: E402
 from undivided.bench.static.absent_gpu import absent_gpu  # noqa: E402
 from undivided.bench.static.instructions import classify, product_of  # noqa: E402
@@ -195,6 +196,18 @@ def test_gates_catch_planted_faults(fault: dict[str, Any], word: str) -> None:
 def test_what_does_not_compile_misses_the_gate() -> None:
     row = report.Row("sm_90", "forward", VARIANT, None, "OutOfResources: shared memory")
     assert list(gates.failures(row)) == ["does not compile: OutOfResources: shared memory"]
+
+
+@pytest.mark.parametrize("part", [[], ["--full", "--head-dim", "64"], ["--full", "--options", "plain"]])
+def test_a_part_of_the_lane_is_not_recorded(
+    part: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """evidence.json would say that everything compiled where only some of it did."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(lane, "compile_all", lambda *_: [])
+    with pytest.raises(SystemExit):
+        lane.main([*part, "--record"])
+    assert "--record" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

@@ -40,11 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--options", nargs="+", metavar="NAME", help="only these, 'plain' or 'mask' say")
     parser.add_argument("--head-dim", nargs="+", type=int, metavar="D", help="only these")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure there")
-    parser.add_argument("--record", action="store_true", help="note in evidence.json what compiled")
+    parser.add_argument("--record", action="store_true", help="note in evidence.json what compiled (--full)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels do not compile")
+    if options.record and (not options.full or options.options or options.head_dim):
+        parser.error("--record speaks of whole architectures: --full, without --options and --head-dim")
 
     cases = [
         (architecture, variant)
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     if options.record:
-        record(rows, "--full" if options.full else "--sample")
+        record(rows)
     return 1 if missed_rows or not rows else 0
 
 
@@ -84,11 +86,11 @@ def compile_all(cases: Sequence[tuple[str, Variant]], jobs: int) -> list[Row]:
     return [row for future in pending for row in future.result()]
 
 
-def record(rows: Sequence[Row], how: str) -> None:
+def record(rows: Sequence[Row]) -> None:
     """Note the architectures of which every kernel compiled and fits."""
     architectures = {row.architecture for row in rows}
     failed = {row.architecture for row in rows if row.figures is None}
-    source = f"python -m undivided.bench.static {how}"
+    source = "python -m undivided.bench.static --full"
     evidence.record(
         evidence.Evidence("triton", name, triton.__version__, "compiled", source)
         for name in architectures - failed
