@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +22,6 @@ import torch.nn.functional as F
 from ..kernels import ops
 from ..kernels.functional import prepare
 from ..kernels.spec import AttentionOptions
-from .static.absent_gpu import absent_gpu
-from .static.targets import TARGETS
 
 REPEATS, BATCH = 300, 3
 
@@ -36,11 +36,22 @@ def main() -> None:
     print(json.dumps(measure(), indent=1))
 
 
+def host_us() -> dict[str, float]:
+    """The same from a process of its own: it wants one thread, and Triton compiling. Empty without Triton."""
+    surroundings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "undivided.bench.launch_cost"]
+    done = subprocess.run(command, capture_output=True, text=True, env=surroundings)
+    return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
+
+
 def measure() -> dict[str, float]:
     """Microseconds per call, by what was called.
 
     CPU tensors stand for a GPU's: they cost the host as much, and the tiles they get do not matter.
     """
+    from .static.absent_gpu import absent_gpu  # imports triton, which need not be there
+    from .static.targets import TARGETS
+
     q, k, v = (torch.randn(1, 2, 16, 64, dtype=torch.float16, requires_grad=True) for _ in range(3))
     dout = torch.randn_like(q)
     options: AttentionOptions = {"causal": True}

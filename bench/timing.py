@@ -1,85 +1,79 @@
-"""How two functions are compared fairly: in one process, in turns, by the median of their pairs.
+"""How functions are compared fairly: in one process, in turns, by the median over turns.
 
-A machine that slows down for a while slows both halves of a pair, so ratios survive it where times do
+A machine that slows down for a while slows every member of a turn, so ratios survive it where times do
 not.
 """
 
 from __future__ import annotations
 
-import datetime
 import itertools
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 Run = Callable[[], Any]
+Samples = dict[str, list[float]]
+"""Seconds per call by name, one entry per turn."""
+
+CPU = torch.device("cpu")
+FLUSH_BYTES = 256 * 2**20  # several times any GPU's L2
+FEWEST_TURNS = 5
 
 
-class Pairs(NamedTuple):
-    """Seconds per call, one entry per pair."""
+class Spread(NamedTuple):
+    """20th, 50th and 80th percentile, interpolated linearly between samples."""
 
-    ours: list[float]
-    theirs: list[float]
-
-    @property
-    def ours_s(self) -> float:
-        return statistics.median(self.ours)
-
-    @property
-    def theirs_s(self) -> float:
-        return statistics.median(self.theirs)
-
-    @property
-    def speedup(self) -> float:
-        """How many times as fast ours is: the median over pairs."""
-        return statistics.median(b / a for a, b in zip(self.ours, self.theirs, strict=True))
-
-    @property
-    def extra_s(self) -> float:
-        """Seconds a call of ours takes longer: the median over pairs."""
-        return statistics.median(a - b for a, b in zip(self.ours, self.theirs, strict=True))
+    p20: float
+    median: float
+    p80: float
 
 
-def compare(
-    ours: Run, theirs: Run, *, pairs: int = 15, min_sample_s: float = 2e-3, budget_s: float = 30.0
-) -> Pairs:
-    """Time two functions in turns; which one goes first alternates.
+def spread(samples: list[float]) -> Spread:
+    """Where three fifths of the samples lie."""
+    low, _, _, high = statistics.quantiles(samples, n=5, method="inclusive")
+    return Spread(low, statistics.median(samples), high)
 
-    A sample repeats a function until it takes min_sample_s. At least 5 pairs; then `pairs` if budget_s
-    allows, and more for short functions, until a second has passed.
+
+def in_turns(
+    runs: Mapping[str, Run],
+    device: torch.device = CPU,
+    *,
+    turns: int = 15,
+    min_sample_s: float = 2e-3,
+    budget_s: float = 30.0,
+) -> Samples:
+    """Time functions in turns; who goes first rotates.
+
+    A sample repeats a function until it takes min_sample_s; on a GPU it is one call, measured by events
+    after the L2 cache was flushed. At least 5 turns; then `turns` if budget_s allows, and more for short
+    functions, until a second has passed.
     """
-    repeats = [max(1, round(min_sample_s / max(_warm(run), 1e-9))) for run in (ours, theirs)]
-    result = Pairs([], [])
+    sample = _on_gpu(device) if device.type == "cuda" else _on_host
+    repeats = {name: _repeats(run, device, min_sample_s) for name, run in runs.items()}
+    samples: Samples = {name: [] for name in runs}
+    order = list(runs)
     start = time.perf_counter()
-    for i in itertools.count():
+    for turn in itertools.count():
         elapsed_s = time.perf_counter() - start
-        if i >= 5 and (elapsed_s > budget_s or (i >= pairs and elapsed_s > 1.0)):
-            break
-        halves = [(ours, repeats[0], result.ours), (theirs, repeats[1], result.theirs)]
-        for run, n, times in halves if i % 2 == 0 else reversed(halves):
-            times.append(_sample(run, n))
-    return result
+        if turn >= FEWEST_TURNS and (elapsed_s > budget_s or (turn >= turns and elapsed_s > 1.0)):
+            return samples
+        first = turn % max(1, len(order))
+        for name in order[first:] + order[:first]:
+            samples[name].append(sample(runs[name], repeats[name]))
+    raise AssertionError("unreachable: the loop ends by its budget")
 
 
-def environment() -> dict[str, Any]:
-    """What a figure depends on, for the JSON beside it."""
-    env: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-    }
-    if torch.cuda.is_available():
-        env["gpu"] = torch.cuda.get_device_name()
-        env["cuda"] = torch.version.cuda
-    return env
+def speedup(samples: Samples, ours: str = "ours", theirs: str = "theirs") -> float:
+    """How many times as fast ours is: the median over turns."""
+    return statistics.median(b / a for a, b in zip(samples[ours], samples[theirs], strict=True))
+
+
+def extra_s(samples: Samples, ours: str = "ours", theirs: str = "theirs") -> float:
+    """Seconds a call of ours takes longer: the median over turns."""
+    return statistics.median(a - b for a, b in zip(samples[ours], samples[theirs], strict=True))
 
 
 def synchronize() -> None:
@@ -88,7 +82,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _sample(run: Run, repeats: int) -> float:
+def _repeats(run: Run, device: torch.device, min_sample_s: float) -> int:
+    """Calls that make a sample, once everything is loaded, compiled and allocated."""
+    _on_host(run, 1)
+    if device.type == "cuda" or _on_host(run, 1) > min_sample_s:
+        return 1
+    return max(1, round(min_sample_s / max(_on_host(run, 3), 1e-9)))
+
+
+def _on_host(run: Run, repeats: int) -> float:
     synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
@@ -97,15 +99,17 @@ def _sample(run: Run, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _warm(run: Run) -> float:
-    """Seconds of a call once everything is loaded and allocated."""
-    _sample(run, 2)
-    return _sample(run, 3)
+def _on_gpu(device: torch.device) -> Callable[[Run, int], float]:
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
+    def sample(run: Run, repeats: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()  # keeps the GPU busy while the host prepares the launches, too
+        begin.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e-3 / repeats
 
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return sample

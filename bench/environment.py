@@ -1,0 +1,82 @@
+"""Where a figure was measured: the machine, the versions, the commit, the clocks."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment() -> dict[str, Any]:
+    """What a figure means nothing without: the machine, the versions, the commit."""
+    found: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "undivided": _version("undivided"),
+        "revision": _revision(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+    if torch.cuda.is_available():
+        found |= {
+            "gpu": torch.cuda.get_device_name(),
+            "capability": list(torch.cuda.get_device_capability()),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "ptxas": os.environ.get("TRITON_PTXAS_PATH"),
+            "clocks": clocks(torch.device("cuda")),
+        }
+    return found
+
+
+def clocks(device: torch.device) -> str | None:
+    """SM clock, memory clock, power and temperature, if nvidia-smi is there to say so."""
+    if device.type != "cuda":
+        return None
+    fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    return _answer(
+        "nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={device.index or 0}"
+    )
+
+
+def _answer(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _revision() -> str | None:
+    """The commit, where the checkout came with its history."""
+    if not (ROOT / ".git").exists():
+        return None
+    return _answer("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

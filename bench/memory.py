@@ -1,0 +1,106 @@
+"""Peak memory of a forward and backward pass, each in a process of its own; and how it grows.
+
+    python -m undivided.bench.memory < pickled (case, dtype, peer)
+
+prints the bytes above what a short sequence takes. On Linux, or on a GPU.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..conformance.cases import Case
+from .peers import OURS, UnavailableError, find
+from .results import Peak
+
+STATUS = Path("/proc/self/status")
+CURVE = Case("window 256, 1 head, fp32", heads_q=1, heads_kv=1, head_dim=64, window=(255, 0))
+SEQLENS = (1024, 4096, 16384, 32768)
+DENSE = "torch-flash"
+MASK_COPIES = 6
+"""float32 numbers per score that a dense mask costs on the way, as measured; roughly, to refuse in time."""
+SHORT = 512
+
+
+def curve() -> Iterator[Peak]:
+    """Ours, which knows a window, beside PyTorch's, which needs it as a dense mask; 1k to 32k."""
+    for seqlen in SEQLENS:
+        case = replace(CURVE, seqlen_q=seqlen, seqlen_k=seqlen)
+        for peer in (OURS, DENSE):
+            needed = 4 * MASK_COPIES * seqlen**2 if peer == DENSE else 0
+            if needed > 0.7 * _free_bytes():
+                reason = f"takes about {needed / 2**30:.0f} GiB, {_free_bytes() / 2**30:.0f} are free"
+                yield Peak(case.name, seqlen, peer, reason=reason)
+                continue
+            yield peak(case, torch.float32, peer)
+
+
+def peak(case: Case, dtype: torch.dtype, peer: str) -> Peak:
+    """Measure one peer on one case, forward and backward, inputs included."""
+    done = subprocess.run(
+        [sys.executable, "-m", "undivided.bench.memory"],
+        input=pickle.dumps((case, dtype, peer)),
+        capture_output=True,
+    )
+    if done.returncode == 0:
+        return Peak(case.name, case.seqlen_k, peer, int(done.stdout))
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    reason = lines[-1] if lines else f"ended with status {done.returncode}"
+    return Peak(case.name, case.seqlen_k, peer, reason=reason)
+
+
+def main() -> int:
+    """What runs in the process of its own."""
+    case, dtype, peer = pickle.load(sys.stdin.buffer)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not STATUS.exists():
+        print(f"peak memory is read from {STATUS}, which is not there", file=sys.stderr)
+        return 1
+    try:
+        _step(replace(case, batch=1, seqlen_q=SHORT, seqlen_k=SHORT), dtype, peer, device)
+        before = _peak_bytes(device)
+        _step(case, dtype, peer, device)
+    except (UnavailableError, NotImplementedError, RuntimeError) as error:
+        print(str(error).strip().partition("\n")[0], file=sys.stderr)
+        return 1
+    print(_peak_bytes(device) - before)
+    return 0
+
+
+def _step(case: Case, dtype: torch.dtype, peer: str, device: torch.device) -> None:
+    problem = case.build(dtype, device)
+    leaves = [x.detach().requires_grad_() for x in problem[:3]]
+    out = find(peer)(case, problem).attend(*leaves)
+    torch.autograd.grad(out, leaves, problem.dout)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _kib("VmHWM", STATUS) * 1024
+
+
+def _free_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return _kib("MemAvailable", Path("/proc/meminfo")) * 1024
+
+
+def _kib(name: str, file: Path) -> int:
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB", file.read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found.group(1)) if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""A run as people read it: tables on a terminal, one HTML page that needs no network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from ..conformance.page import Section, page
+from .peers import OURS
+from .plots import Picture, pictures
+from .results import Change, Peak, Ratio, Record, Results
+
+HOW = (
+    "Peers run in turns in one process; shown is the median, and in the JSON the 20th and 80th percentile. "
+    "FLOP/s count the scores that are visible (2 products forward, 5 backward); % is of the matrix product "
+    "or the copy that this machine was measured to do, whichever is nearer. What is outside the error budget "
+    "of the conformance kit gets no time; ≈ marks peers that are outside it and inside the field's rule."
+)
+
+
+def table(results: Results) -> Table:
+    """A line per case, dtype and direction; a column per implementation that was timed or wrong."""
+    columns, rows = grid(results)
+    made = Table(title="milliseconds · FLOP/s · share of this machine's roofs", caption=HOW)
+    for column in columns:
+        made.add_column(column, justify="left" if column in HEAD else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+HEAD = ("case", "dtype", "direction")
+AGAINST = "ours against the fastest other"
+
+
+def grid(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the main table."""
+    shown = [record for record in results.records if record.status != "n/a"]
+    names = list(dict.fromkeys(record.implementation for record in shown))
+    names.sort(key=lambda name: not name.startswith(OURS))
+    lines: dict[tuple[str, ...], dict[str, Record]] = {}
+    for record in results.records:
+        lines.setdefault(record.key[:3], {})[record.implementation] = record
+    rows = [
+        [*key, *(_cell(found[name]) if name in found else "" for name in names)]
+        for key, found in lines.items()
+    ]
+    return [*HEAD, *names, *([AGAINST] if names else [])], [
+        [*row, _fastest(lines[tuple(row[:3])].values())] if names else row for row in rows
+    ]
+
+
+def _cell(record: Record) -> str:
+    if record.status != "timed":
+        return "✗ wrong" if record.status == "wrong" else "n/a"
+    share = max(record.of_matmul or 0.0, record.of_copy or 0.0)
+    mark = " ≈" if record.reason else ""
+    speed = f"{record.tflops:.3g}T" if (record.tflops or 0.0) >= 1 else f"{(record.tflops or 0.0) * 1e3:.3g}G"
+    return f"{record.median_ms:.3g} · {speed} · {share:.0%}{mark}"
+
+
+def _fastest(records: Iterable[Record]) -> str:
+    """Ours against the fastest of the others, as a ratio."""
+    times = {r.implementation: r.median_ms for r in records if r.status == "timed"}
+    others = [ms for name, ms in times.items() if ms is not None and not name.startswith(OURS)]
+    mine = times.get(OURS)
+    return f"{min(others) / mine:.2f}x" if mine and others else ""
+
+
+def absences(results: Results) -> list[str]:
+    """Who was not measured, or is wrong, and why; each reason once."""
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for record in results.records:
+        if record.status != "timed" or record.reason:
+            cases = reasons.setdefault((record.implementation, record.status, record.reason), [])
+            cases.append(f"{record.case} {record.dtype}")
+    total = len({(record.case, record.dtype) for record in results.records})
+    lines = []
+    for (name, status, reason), cases in reasons.items():
+        distinct = list(dict.fromkeys(cases))
+        where = "everywhere" if len(distinct) == total else ", ".join(distinct[:3])
+        where += f" and {len(distinct) - 3} more" if 3 < len(distinct) < total else ""
+        lines.append(f"{name}: {'≈' if status == 'timed' else status} {where}: {reason}")
+    return lines
+
+
+def ratio_table(ratios: Sequence[Ratio]) -> Table:
+    """Ours against PyTorch's on a CPU."""
+    made = Table(title="undivided.attention against F.scaled_dot_product_attention")
+    for column in RATIO_COLUMNS:
+        made.add_column(column, justify="left" if column == "case" else "right")
+    for row in _ratio_rows(ratios):
+        colour = {"✓": "green", "✗": "red"}.get(row[-1][:1], "")
+        made.add_row(*row[:-1], f"[{colour}]{row[-1]}[/]" if colour else "")
+    return made
+
+
+RATIO_COLUMNS = ("case", "ours ms", "PyTorch ms", "measured", "required", "")
+
+
+def _ratio_rows(ratios: Sequence[Ratio]) -> list[list[str]]:
+    return [
+        [
+            r.name,
+            *("" if x is None else f"{x:.3f}" for x in (r.ours_ms, r.theirs_ms)),
+            f"{r.measured:.2f} {r.unit}",
+            "" if r.required is None else f"{'≥' if r.unit == 'times as fast' else '≤'} {r.required:g}",
+            "" if r.required is None else "✓ kept" if r.ok else "✗ missed",
+        ]
+        for r in ratios
+    ]
+
+
+PEAK_COLUMNS = ("seqlen", "implementation", "peak MiB")
+
+
+def peak_table(peaks: Sequence[Peak]) -> Table:
+    """Memory over sequence length."""
+    made = Table(*PEAK_COLUMNS, title=f"peak memory, forward + backward, {peaks[0].case if peaks else ''}")
+    for row in _peak_rows(peaks):
+        made.add_row(*row)
+    return made
+
+
+def _peak_rows(peaks: Sequence[Peak]) -> list[list[str]]:
+    return [
+        [
+            str(p.seqlen),
+            p.implementation,
+            f"n/a: {p.reason}" if p.peak_bytes is None else f"{p.peak_bytes / 2**20:.1f}",
+        ]
+        for p in peaks
+    ]
+
+
+CHANGE_COLUMNS = ("case", "dtype", "direction", "implementation", "before ms", "now ms", "now / before", "")
+
+
+def change_rows(changes: Sequence[Change]) -> list[list[str]]:
+    """Of a comparison with another run."""
+    return [
+        [
+            *change.key,
+            f"{change.before_ms:.4g}",
+            f"{change.now_ms:.4g}",
+            f"{change.ratio:.3f}",
+            "✗ regression" if change.is_regression else "",
+        ]
+        for change in changes
+    ]
+
+
+def change_table(changes: Sequence[Change]) -> Table:
+    """The same on a terminal."""
+    made = Table(*CHANGE_COLUMNS, title="against the other run, slowest change first")
+    for row, change in zip(change_rows(changes), changes, strict=True):
+        made.add_row(*row, style="bold red" if change.is_regression else None)
+    return made
+
+
+def html(results: Results, changes: Sequence[Change] = (), remarks: Sequence[str] = ()) -> str:
+    """The whole run as one page."""
+    columns, rows = grid(results)
+    images = pictures(results)
+    sections = [
+        Section("Where", columns=("what", "is"), rows=[[k, str(v)] for k, v in results.environment.items()]),
+        _section("Roofs", ("what", "measured"), _roof_rows(results.roofs)),
+        _section("Speed", columns, rows, HOW, [image for name, image in images if name.startswith("speed")]),
+        _section("Not measured, or with a remark", ("what",), [[line] for line in absences(results)]),
+        _section("Sources of the shapes", ("case", "source"), list(results.sources.items())),
+        _section("CPU ratios", RATIO_COLUMNS, _ratio_rows(results.ratios), images=_named(images, "ratios")),
+        _section("Memory", PEAK_COLUMNS, _peak_rows(results.peaks), images=_named(images, "memory")),
+        _section("Host time", ("call", "us"), list(results.host_us.items())),
+        _section("Against another run", CHANGE_COLUMNS, change_rows(changes), "\n\n".join(remarks)),
+    ]
+    return page("undivided bench", [section for section in sections if section.rows])
+
+
+def _section(
+    heading: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    text: str = "",
+    images: Sequence[bytes] = (),
+) -> Section:
+    return Section(heading, text, columns, rows, images)
+
+
+def _named(images: Sequence[Picture], name: str) -> list[bytes]:
+    return [image for title, image in images if title == name]
+
+
+def _roof_rows(roofs: dict[str, float]) -> list[list[str]]:
+    return [[name, f"{value:.4g} {'GB/s' if name == 'copy' else 'TFLOP/s'}"] for name, value in roofs.items()]

@@ -1,0 +1,189 @@
+"""Which tiles would suit a kernel: compile candidates, let a static model rank them, time the best on a GPU.
+
+Prints rows for `kernels/triton/config.py`; a person commits the winner, with the GPU and the date.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import multiprocessing
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ..conformance.cases import Case
+from ..kernels.evidence import architecture as architecture_of
+from .timing import Run, in_turns, spread
+
+KERNELS = ("forward", "dkdv", "dq")
+HEAD_DIMS = (64, 128)
+BLOCKS_Q, BLOCKS_K, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
+CASE = Case("timed", batch=2, heads_q=16, heads_kv=16, seqlen_q=4096, seqlen_k=4096)
+SHAPES_ONLY = Case("compiled", seqlen_q=2048, seqlen_k=2048)
+RANKED_BY_MODEL = "Ranked by a model of compiler output, not by a GPU: none of these was timed."
+
+# Per multiprocessor and clock (CUDA C++ Programming Guide, throughput of native arithmetic instructions; L2:
+# 80 % of nominal). Other architectures have matrix instructions whose size the disassembly does not tell.
+FLOPS_PER_CLOCK = {"sm_80": 2048, "sm_90": 4096}
+THREAD_INSTRUCTIONS_PER_CLOCK = 128
+L2_BYTES_PER_CLOCK = {"sm_80": 38, "sm_90": 32}
+REGISTERS = 255  # of a thread
+COLUMNS = ("architecture", "kernel", "row", "registers", "shared KiB", "CTAs/SM", "slots", "clocks", "ms")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row that the table could have, for bf16, causal or not, and what is known of it.
+
+    slots: instructions other than matrix ones per score and thread. clocks: per score and multiprocessor,
+    by the model. ms: by a GPU.
+    """
+
+    architecture: str
+    kernel: str
+    head_dim: int
+    tile: tuple[int, int, int, int]  # block_q, block_k, num_warps, num_stages
+    registers: int = 0
+    spills_in_loops: int = 0
+    shared: int = 0
+    ctas_per_sm: int = 0
+    slots: float = 0.0
+    clocks: float = float("inf")
+    ms: float | None = None
+
+    @property
+    def row(self) -> str:
+        """As it stands in the table."""
+        return f"{self.head_dim}: TileConfig({', '.join(map(str, self.tile))}),"
+
+
+def tune(
+    architecture: str,
+    kernels: Sequence[str] = KERNELS,
+    head_dims: Sequence[int] = HEAD_DIMS,
+    console: Console | None = None,
+    best: int = 4,
+    jobs: int | None = None,
+) -> list[Candidate]:
+    """Search, print, and return the best of each kernel and head dimension, the winner first."""
+    console = console or Console()
+    worth_it = [
+        Candidate(architecture, kernel, head_dim, tile)
+        for kernel, head_dim in itertools.product(kernels, head_dims)
+        for tile in itertools.product(BLOCKS_Q, BLOCKS_K, WARPS, STAGES)
+        if may_fit(head_dim, tile)
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=spawn) as pool:
+        work = pool.map(compiled, worth_it)
+        ranked = list(track(work, "compiling", len(worth_it), console=console, transient=True))
+    on_gpu = torch.cuda.is_available() and architecture_of(torch.device("cuda")) == architecture
+    found: list[Candidate] = []
+    for kind in itertools.product(kernels, head_dims):
+        fit = [x for x in ranked if (x.kernel, x.head_dim) == kind and x.clocks < float("inf")]
+        fit.sort(key=lambda x: x.clocks)
+        found += timed(fit[: 3 * best])[:best] if on_gpu else fit[:best]
+    console.print(table(found))
+    if not on_gpu:
+        console.print(RANKED_BY_MODEL, style="yellow")
+    return found
+
+
+def may_fit(head_dim: int, tile: tuple[int, int, int, int]) -> bool:
+    """Whether a thread's share of the scores and of one accumulator leaves it registers for anything else."""
+    block_q, block_k, num_warps, _ = tile
+    threads = 32 * num_warps
+    scores, accumulator = block_q * block_k / threads, max(block_q, block_k) * head_dim / threads
+    return scores >= 8 and scores + accumulator <= REGISTERS - 60
+
+
+def compiled(candidate: Candidate) -> Candidate:
+    """What the compiler makes of it; clocks stay infinite if it does not compile, fit, or spills."""
+    from .static.absent_gpu import absent_gpu
+    from .static.report import PRODUCTS, figures
+    from .static.targets import TARGETS
+
+    target = TARGETS[candidate.architecture]
+    with absent_gpu(target) as launches:
+        try:
+            _call(candidate, torch.device("meta"))()
+            measured = figures(launches[-1].kernel, target, PRODUCTS[candidate.kernel], candidate.head_dim)
+        except Exception:  # whatever the compiler raises: a tile that it refuses is no candidate
+            return candidate
+    loop = measured.main_loop
+    if loop is None or loop.slots is None or not measured.ctas_per_sm:
+        return candidate
+    known = replace(
+        candidate,
+        registers=measured.registers,
+        spills_in_loops=measured.spills_in_loops,
+        shared=measured.shared,
+        ctas_per_sm=measured.ctas_per_sm,
+        slots=loop.slots,
+    )
+    if measured.spills_in_loops or measured.shared > target.shared_per_cta:
+        return known
+    return replace(known, clocks=clocks_per_score(known, PRODUCTS[candidate.kernel]))
+
+
+def clocks_per_score(candidate: Candidate, products: int) -> float:
+    """A model: matrix products and other instructions overlap as far as there are CTAs to do both; loads do.
+
+    Warps of one CTA wait for each other at barriers and do the same thing at the same time: alone, it takes
+    the sum of both; several come nearer to the longer one.
+    """
+    block_q, block_k, _, _ = candidate.tile
+    reused = block_k if candidate.kernel == "dkdv" else block_q  # rows that a loaded tile meets
+    matrix = 2 * products * candidate.head_dim / FLOPS_PER_CLOCK[candidate.architecture]
+    other = candidate.slots / THREAD_INSTRUCTIONS_PER_CLOCK
+    loading = 2 * 2 * candidate.head_dim / reused / L2_BYTES_PER_CLOCK[candidate.architecture]
+    computing = max(matrix, other) + min(matrix, other) / candidate.ctas_per_sm
+    return max(computing, loading)
+
+
+def timed(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The same, fastest first, on the GPU that is there."""
+    device = torch.device("cuda")
+    runs: dict[str, Run] = {x.row: _call(x, device) for x in candidates}
+    samples = in_turns(runs, device, budget_s=10.0)
+    known = [replace(x, ms=spread(samples[x.row]).median * 1e3) for x in candidates]
+    return sorted(known, key=lambda x: x.ms or 0.0)
+
+
+def _call(candidate: Candidate, device: torch.device) -> Run:
+    """The kernel with these tiles; what it needs of a forward pass is computed before."""
+    from ..kernels.triton import attention_backward, attention_forward
+    from ..kernels.triton.config import TileConfig
+
+    case = replace(SHAPES_ONLY if device.type == "meta" else CASE, head_dim=candidate.head_dim)
+    config = TileConfig(*candidate.tile)
+    problem = case.build(torch.bfloat16, device)
+    inputs, spec = problem.prepared()
+    if candidate.kernel == "forward":
+        return lambda: attention_forward(inputs, spec, config)
+    out, lse = problem.dout.clone(), problem.dlse.clone()
+    if device.type == "cuda":
+        out, lse = attention_forward(inputs, spec)
+    needs = (True, False, False, False) if candidate.kernel == "dq" else (False, True, True, False)
+    tiles: Any = {candidate.kernel: config}
+    return lambda: attention_backward(problem.dout, None, out, lse, inputs, spec, needs, tiles)
+
+
+def table(candidates: Sequence[Candidate]) -> Table:
+    """Rows as config.py has them, with what speaks for them."""
+    made = Table(
+        "architecture", "kernel", "row", "registers", "shared KiB", "CTAs/SM", "slots", "clocks", "ms"
+    )
+    for x in candidates:
+        made.add_row(
+            *(x.architecture, x.kernel, x.row, str(x.registers), f"{x.shared / 1024:.0f}"),
+            *(str(x.ctas_per_sm), f"{x.slots:.1f}", f"{x.clocks:.3f}", "" if x.ms is None else f"{x.ms:.3f}"),
+        )
+    return made

@@ -1,0 +1,444 @@
+"""The benchmark kit: first right, then timed; files that can be trusted; a report that needs no network.
+
+No test asserts a time: where one is needed, it is planted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import html.parser
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from undivided import attention
+from undivided.bench import command, measure, memory, peers, report, results, roofs, shapes, timing
+from undivided.bench.results import Peak, Ratio, Record, Results
+from undivided.conformance.cases import Case, Extra, Problem
+
+CPU = torch.device("cpu")
+SMALL = Case("small causal", heads_q=4, heads_kv=2, seqlen_q=16, seqlen_k=16, causal=True)
+ROOFS, ONCE = measure.Roofs(1.0, 10.0), measure.Effort(turns=5, budget_s=0.0)
+BOTH_PASSES = (roofs.FORWARD, roofs.BACKWARD)
+
+
+def measured(
+    case: Case, rivals: dict[str, peers.Peer], dtype: torch.dtype = torch.float32, **options: Any
+) -> list[Record]:
+    directions = options.get("directions", BOTH_PASSES)
+    return list(measure.measure(case, dtype, directions, rivals, CPU, ROOFS, ONCE))
+
+
+def ready(attend: Callable[..., Tensor]) -> peers.Peer:
+    """A peer that computes attention its own way."""
+    return lambda case, problem: peers.Ready(attend)
+
+
+def record(**fields: Any) -> Record:
+    given: dict[str, Any] = {
+        "case": "c",
+        "dtype": "float32",
+        "direction": "forward",
+        "implementation": "undivided",
+    }
+    if fields.get("status", "timed") == "timed":
+        given |= {"p20_ms": 0.9, "median_ms": 1.0, "p80_ms": 1.1, "tflops": 1e-3, "of_matmul": 0.5}
+    return Record(**{"status": "timed", **given, **fields})
+
+
+FOUND = Results(
+    {"cpu": "a processor", "torch": "2.13.0", "threads": 2},
+    sources={"c": "Somebody 2020, https://example.org/paper <b>"},
+    roofs={"copy": 10.0, "float32": 0.1},
+    records=(
+        record(),
+        record(implementation="torch-flash", median_ms=2.0, reason="out[0] = 1", constants={"out": 2.5}),
+        record(implementation="torch-math", status="wrong", reason="out[3] = nan"),
+        record(implementation="xformers", status="n/a", reason="no module named xformers"),
+    ),
+    ratios=(Ratio("forward", 1.1, "times as fast", 0.95, 1.0, 1.1), Ratio("memory", 9.0, "MiB", 2.0)),
+    peaks=(Peak("w", 1024, "undivided", 2**20), Peak("w", 1024, "torch-flash", None, "no room")),
+    host_us={"forward": 41.5},
+)
+
+
+def test_percentiles_are_numpys() -> None:
+    """p20 and p80 one sample off would be a spread that no other tool reproduces."""
+    for n in (5, 6, 17):
+        samples = [float(x) for x in np.random.default_rng(n).exponential(size=n)]
+        assert timing.spread(samples) == pytest.approx(np.percentile(samples, [20, 50, 80]))
+
+
+def test_everybody_takes_turns_and_goes_first() -> None:
+    """One who always ran first would always find the caches as the last one left them."""
+    calls: list[str] = []
+    runs: dict[str, timing.Run] = {name: (lambda n=name: calls.append(n)) for name in "abc"}
+    samples = timing.in_turns(runs, turns=5, min_sample_s=0.0, budget_s=0.0)
+    assert {name: len(x) for name, x in samples.items()} == dict.fromkeys("abc", timing.FEWEST_TURNS)
+    turns = ["".join(calls[-15:][i : i + 3]) for i in range(0, 15, 3)]
+    assert turns == ["abc", "bca", "cab", "abc", "bca"]
+
+
+def test_a_ratio_is_the_median_over_turns() -> None:
+    """The ratio of medians would let one slow phase of the machine into the figure."""
+    samples = {"ours": [1.0, 10.0, 1.0], "theirs": [2.0, 20.0, 2.0]}
+    assert timing.speedup(samples) == 2.0
+    assert timing.extra_s(samples) == -1.0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("full"),
+        Case("causal", causal=True, seqlen_k=50),
+        Case("window", window=(5, 1)),
+        Case("padding", batch=3, key_lengths=(7, 33, 12)),
+        Case("mask", batch=2, mask=Extra("random", "bhqk"), causal=True),
+        Case("decode", seqlen_q=1, key_lengths=(20,), heads_q=6, heads_kv=2),
+    ],
+    ids=lambda case: case.name,
+)
+def test_useful_work_is_counted_from_the_visible_scores(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask's hidden scores, or a broadcast axis counted once, would inflate or deflate TFLOP/s."""
+    problem = case.build(torch.float32)
+    identity = torch.eye(case.seqlen_k).expand(case.batch, case.heads_kv, -1, -1)
+    seen = attention(torch.zeros_like(problem.q), torch.zeros_like(problem.k), identity, **problem.options)
+    monkeypatch.setattr(roofs, "ROWS", 10)
+    count = int((seen > 0).sum())
+    assert roofs.visible_scores(problem) == count
+    work = roofs.work(problem)
+    assert work["forward"].flops == 4 * count * case.head_dim
+    assert work["both"].flops == work["forward"].flops + work["backward"].flops == 14 * count * case.head_dim
+
+
+@pytest.mark.parametrize("mask", shapes.MASKS)
+def test_every_peer_that_is_here_computes_every_mask(mask: str) -> None:
+    """A window turned into the wrong dense mask would be a fast peer that computes something else."""
+    shape = dataclasses.replace(shapes.SHAPES["gpt-oss"], heads_q=4, heads_kv=2, window=7)
+    case = shape.case(mask, "cpu", seqlen=24, batch=2)
+    here = ("undivided", "undivided-fallback", "torch-flash", "torch-math", "eager")
+    found = measured(case, {name: peers.find(name) for name in here})
+    assert [(r.implementation, r.status) for r in found] == [(name, "timed") for name in here] * 2
+    hides_by_rows = mask in (shapes.WINDOW, shapes.DENSE)
+    assert {r.note for r in found if r.implementation == "eager"} == {
+        "dense mask" if hides_by_rows or mask != shapes.FULL else ""
+    }
+
+
+def test_different_head_dims_and_decoding() -> None:
+    """DeepSeek's 192/128, and one query against a cache."""
+    case = Case("192/128", heads_q=2, seqlen_q=8, seqlen_k=8, head_dim=192, head_dim_v=128, causal=True)
+    assert {r.status for r in measured(case, {"undivided": peers.find("undivided")})} == {"timed"}
+    shape = shapes.SHAPES["llama-3.1-8b-decode"]
+    rivals = {name: peers.find(name) for name in ("undivided", "torch-flash")}
+    found = measured(shape.case("full", "cpu", seqlen=64), rivals, directions=[roofs.FORWARD])
+    assert [r.status for r in found] == ["timed", "timed"]
+
+
+def test_what_is_wrong_is_marked_and_not_timed() -> None:
+    """A fast kernel that computes something else must not get a figure."""
+    calls: list[int] = []
+
+    def wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls.append(1)
+        return 1.1 * right(q, k, v)
+
+    problem = SMALL.build(torch.float32)
+    right = peers.find("undivided")(SMALL, problem).attend
+    found = measured(SMALL, {"wrong": ready(wrong), "undivided": peers.find("undivided")})
+    assert [(r.implementation, r.direction, r.status) for r in found] == [
+        ("wrong", "forward", "wrong"),
+        ("wrong", "backward", "wrong"),
+        ("undivided", "forward", "timed"),
+        ("undivided", "backward", "timed"),
+    ]
+    assert found[0].median_ms is None
+    assert "out[" in found[0].reason
+    assert len(calls) == 1, "it was called once, to be judged, and not again"
+
+
+def test_a_wrong_gradient_is_wrong_in_both_directions() -> None:
+    """A forward pass that is right must not lend its backward pass a figure."""
+    problem = SMALL.build(torch.float32)
+    right = peers.find("undivided")(SMALL, problem).attend
+    found = measured(SMALL, {"x": ready(lambda q, k, v: right(q.detach() * 0.5 + q * 0.5, k, v))})
+    assert {r.status for r in found} == {"wrong"}
+    assert "dq[" in found[0].reason
+
+
+def test_a_peer_by_the_fields_rule_is_timed_with_a_remark() -> None:
+    """Scores rounded to bf16 are what half the field does: shown, and said; ours gets no such pardon."""
+    case = Case("s", heads_q=1, heads_kv=1, seqlen_q=256, seqlen_k=256, head_dim=64, distribution="peaky")
+    found = measured(case, {"eager": peers.find("eager")}, torch.bfloat16)
+    assert {r.status for r in found} == {"timed"}
+    assert all("by the field's rule" in r.reason for r in found)
+    ours = measured(case, {"undivided-eager": peers.find("eager")}, torch.bfloat16)
+    assert {r.status for r in ours} == {"wrong"}
+
+
+def test_a_peer_that_refuses_or_is_missing_says_why() -> None:
+    """Not an end of the run, and not a gap that nobody can explain."""
+
+    def refuses(case: Case, problem: Problem) -> peers.Ready:
+        raise peers.UnavailableError("needs another machine")
+
+    rivals = {"a": refuses, "xformers": peers.find("xformers"), "undivided": peers.find("undivided")}
+    found = {r.implementation: r for r in measured(SMALL, rivals)}
+    assert (found["a"].status, found["a"].reason) == ("n/a", "needs another machine")
+    assert found["xformers"].status == "n/a"
+    assert found["xformers"].reason
+    assert found["undivided"].status == "timed"
+
+
+def test_large_scores_are_not_asked_of_those_who_keep_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run would end with the machine's memory."""
+    monkeypatch.setitem(peers.LARGEST_SCORES, "cpu", 100)
+    found = measured(SMALL, {name: peers.find(name) for name in ("eager", "torch-math", "torch-flash")})
+    assert {r.implementation: r.status for r in found} == {
+        "eager": "n/a",
+        "torch-math": "n/a",
+        "torch-flash": "timed",
+    }
+
+
+def test_the_oracle_is_asked_a_part_where_all_would_be_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dk and dv are sums over the group: with one head of it, they cannot be judged, and out still is."""
+    monkeypatch.setattr(measure, "LARGEST_TRUTH", 300)
+    found = measured(SMALL, {"undivided": peers.find("undivided")})
+    assert found[0].status == "timed"
+    assert found[0].constants.keys() == {"out", "dq"}
+
+
+def test_results_survive_a_file(tmp_path: Path) -> None:
+    """A field that is written and not read, or the other way round."""
+    results.write(FOUND, tmp_path / "r.json")
+    assert results.read(tmp_path / "r.json") == FOUND
+    assert json.loads((tmp_path / "r.json").read_text())["schema"] == results.SCHEMA
+
+
+def _broken(change: Callable[[Any], Any]) -> Any:
+    document = results.as_dict(FOUND)
+    change(document)
+    return document
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ([], "schema"),
+        (_broken(lambda d: d.update(schema="undivided bench 0")), "schema"),
+        (_broken(lambda d: d.update(extra=1)), "unknown field 'extra'"),
+        (_broken(lambda d: d.pop("environment")), "environment is missing"),
+        (_broken(lambda d: d.update(records={})), "records must be a list"),
+        (_broken(lambda d: d["records"][1].update(status="fast")), r"records\[1\].status must be 'timed' or"),
+        (_broken(lambda d: d["records"][0].update(median_ms="1")), r"records\[0\].median_ms must be"),
+        (_broken(lambda d: d["records"][0].update(median_ms=True)), r"records\[0\].median_ms must be"),
+        (_broken(lambda d: d["records"][0].pop("case")), r"records\[0\].case is missing"),
+        (_broken(lambda d: d["records"].append(3)), r"records\[4\] must be an object"),
+        (_broken(lambda d: d["roofs"].update(copy=None)), r"roofs.copy must be"),
+    ],
+)
+def test_a_file_that_is_not_one_is_refused(tmp_path: Path, document: Any, message: str) -> None:
+    """A comparison with a misread file would report what nobody measured."""
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(results.ResultsError, match=message):
+        results.read(path)
+
+
+def test_a_planted_regression_is_found() -> None:
+    """And noise is not: within the tolerance, or inside what the runs themselves vary."""
+
+    def run(**by_direction: tuple[float, float, float]) -> Results:
+        names = ("p20_ms", "median_ms", "p80_ms")
+        records = [record(direction=d, **dict(zip(names, ms))) for d, ms in by_direction.items()]
+        return Results({"cpu": "x"}, records=tuple(records))
+
+    old = run(a=(0.9, 1.0, 1.1), b=(0.99, 1.0, 1.01), c=(0.9, 1.0, 1.1), d=(0.5, 1.0, 3.0), gone=(1, 1, 1))
+    new = run(a=(1.3, 1.4, 1.5), b=(1.02, 1.03, 1.04), c=(0.4, 0.5, 0.6), d=(1.1, 2.0, 3.5), fresh=(1, 1, 1))
+    changes = {change.key[2]: change for change in results.compare(old, new)}
+    assert {name: change.is_regression for name, change in changes.items()} == {
+        "a": True,
+        "b": False,
+        "c": False,
+        "d": False,
+    }
+    assert changes["a"].ratio == pytest.approx(1.4)
+    assert next(iter(changes)) == "d", "slowest change first"
+
+
+def test_what_was_timed_and_is_wrong_now_is_lost() -> None:
+    """The fastest way to a better figure must not be to break the kernel."""
+    new = Results({"cpu": "y"}, records=(record(status="wrong", reason="out[0]"),))
+    assert results.lost(FOUND, new) == [*new.records]
+    assert results.compare(FOUND, new) == []
+    assert "cpu: a processor then, y now" in results.differences(FOUND, new)
+
+
+class Outside(html.parser.HTMLParser):
+    """Collects whatever a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.images = 0
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.images += tag == "img"
+        if tag in ("script", "link", "iframe", "object", "embed"):
+            self.found.append(tag)
+        for name, value in attrs:
+            fetches = name in ("src", "href", "srcset", "data", "action", "style")
+            if fetches and value and not value.startswith("data:image/png;base64,"):
+                self.found.append(f"{name}={value}")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_fetches_nothing() -> None:
+    """Readable without a network, whatever addresses the sources of shapes name."""
+    pytest.importorskip("matplotlib", reason="pictures are drawn with it")
+    made = report.html(FOUND, results.compare(FOUND, FOUND), ["other surroundings: cpu"])
+    parser = Outside()
+    parser.feed(made)
+    assert parser.found == []
+    assert "url(" not in made
+    assert "@import" not in made
+    assert parser.images == 3, "speed, ratios, memory"
+    words = "https://example.org/paper <b>", "✗ wrong", "xformers: n/a everywhere", "✗ missed", "no room"
+    for word in words:
+        assert word in parser.text
+
+
+def test_the_table_shows_ratios_and_reasons() -> None:
+    """Ours against the fastest other that is right: a wrong one must not count as the fastest."""
+    columns, rows = report.grid(FOUND)
+    assert columns == ["case", "dtype", "direction", "undivided", "torch-flash", "torch-math", report.AGAINST]
+    assert rows[0][-1] == "2.00x"
+    assert rows[0][4].endswith("≈")
+    assert rows[0][5] == "✗ wrong"
+    assert any(line.startswith("torch-math: wrong") for line in report.absences(FOUND))
+
+
+def test_a_sweep_is_drawn_over_lengths() -> None:
+    """The names of the paper's sweep must be those that the picture looks for."""
+    pytest.importorskip("matplotlib", reason="pictures are drawn with it")
+    from undivided.bench import plots
+
+    cases = [shapes.SHAPES[f"fa3-hd64-{n}"].case("causal", "cuda") for n in (512, 1024, 2048)]
+    found = Results({}, records=tuple(record(case=case.name) for case in cases))
+    assert "speed-fa3-hd64-causal-float32-forward" in dict(plots.pictures(found))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_shape_makes_a_case(device: str) -> None:
+    """A shape whose heads do not divide or whose batch is 0 would be found on a GPU only."""
+    for shape, mask in itertools.product(shapes.SHAPES.values(), shapes.MASKS):
+        case = shape.case(mask, device)
+        assert shape.source
+        assert case.heads_q % case.heads_kv == 0
+        assert min(case.batch, case.seqlen_q, case.seqlen_k) >= 1
+    assert set(shapes.DEFAULT) <= set(shapes.SHAPES)
+    assert set(peers.DEFAULT) <= set(peers.NAMES)
+
+
+def test_peak_memory_is_a_process_of_its_own() -> None:
+    """In this process the peak would be that of whatever ran before; the dense mask must show."""
+    if not memory.STATUS.exists():
+        pytest.skip("peak memory is read from /proc")
+    case = dataclasses.replace(memory.CURVE, seqlen_q=4096, seqlen_k=4096)
+    ours, dense = (memory.peak(case, torch.float32, name) for name in ("undivided", memory.DENSE))
+    assert ours.peak_bytes is not None
+    assert dense.peak_bytes is not None
+    assert dense.peak_bytes > ours.peak_bytes + 4096**2
+    failed = memory.peak(case, torch.float32, "xformers")
+    assert failed.peak_bytes is None
+    assert "xformers" in failed.reason
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Roofs that cost nothing to measure."""
+    monkeypatch.setattr(roofs, "copy_roof", lambda device: 10.0)
+    monkeypatch.setattr(roofs, "matmul_roof", lambda dtype, device: 0.1)
+
+
+RUN = ("--device", "cpu", "--shape", "vit-l-16", "--seqlen", "16", "--batch", "1")
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command_from_top_to_bottom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Measure, write, load again, compare with a file in which everything was faster."""
+    folder = tmp_path / "out"
+    rivals = ("--peers", "undivided", "torch-flash", "xformers")
+    assert command.main(options(*RUN, *rivals, "--output", str(folder))) == 0
+    assert {"results.json", "report.html"} <= {file.name for file in folder.iterdir()}
+    found = results.read(folder / "results.json")
+    assert {"torch", "cpu", "threads", "date"} <= found.environment.keys()
+    assert {r.status for r in found.records} == {"timed", "n/a"}
+    assert "xformers: n/a everywhere" in capsys.readouterr().out.replace("\n", " ")
+
+    faster = tuple(
+        dataclasses.replace(r, p20_ms=1e-9, median_ms=1e-9, p80_ms=1e-9) if r.status == "timed" else r
+        for r in found.records
+    )
+    results.write(dataclasses.replace(found, records=faster), tmp_path / "old.json")
+    again = ("--load", str(folder / "results.json"), "--output", str(folder))
+    assert command.main(options(*again)) == 0
+    assert command.main(options(*again, "--compare", str(tmp_path / "old.json"))) == 1
+    assert "regression" in capsys.readouterr().out
+    assert "✗ regression" in (folder / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("quick")
+def test_lines_are_json_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    """The GPU lane reads them from a process that may hang and be killed."""
+    assert command.main(options(*RUN, "--peers", "undivided", "--lines")) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["direction"] for line in lines] == ["forward", "backward"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_wrong_result_of_ours_fails_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A lane that ends with 0 would be taken for a pass."""
+    right = peers.attention
+    monkeypatch.setattr(peers, "attention", lambda *qkv, **given: 1.1 * right(*qkv, **given))
+    arguments = (*RUN, "--peers", "undivided", "--output", str(tmp_path))
+    assert command.main(options(*arguments)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "llama-9"], "--shape must be of llama-3.1-8b"),
+        (["--peers", "torch-fast"], "--peers must be of undivided"),
+        (["--device", "quantum"], "--device quantum does not work here"),
+        (["--load", "nowhere.json"], "nowhere.json"),
+        (["--compare", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_wrong_input_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(options("--device", "cpu", *arguments)) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--seqlen", "0"], ["--mask", "diagonal"], ["--dtype", "fp8"]])
+def test_wrong_words_are_refused_by_the_parser(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        options(*arguments)
