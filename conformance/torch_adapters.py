@@ -180,7 +180,8 @@ def _flex(attention: Callable[..., Any], lse: bool = True) -> Attend:
 
 def _at(x: Tensor, *index: Tensor) -> Tensor:
     """The element that broadcasting would put there."""
-    return x[tuple(i if size > 1 else torch.zeros_like(i) for i, size in zip(index, x.shape))]
+    last = index[len(index) - x.ndim :]
+    return x[tuple(i if size > 1 else torch.zeros_like(i) for i, size in zip(last, x.shape))]
 
 
 def _attn_mask(problem: Problem) -> Tensor | None:
