@@ -10,18 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from undivided.conformance.adapters import ours
+from undivided.conformance.adapters import ours, resolve
 from undivided.conformance.cases import Case, Extra
 from undivided.conformance.evaluation import evaluate, expected
 from undivided.conformance.probes import Observation, probe
 from undivided.conformance.probes_visibility import ALIGNED
 from undivided.conformance.target import Capabilities, Target, target
 from undivided.conformance.yardstick import PASSES, two_times_rule
-
-RAISES = "raises"
 
 
 def found(asked: Target) -> dict[str, Observation]:
@@ -47,23 +43,13 @@ def test_the_kernels_do_what_they_promise(device: torch.device) -> None:
     assert not [o for o in probe(kernels, device) if o.ok is not True]
 
 
-def sdpa(backend: SDPBackend) -> Target:
-    def attention(
-        q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None
-    ) -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-            )
-
-    claims: dict[str, Any] = {"causal": True, "mask": True, "gqa": True, "nan_in_hidden_keys": False}
-    return target(attention, alignments=("top-left",), scale=False, arithmetic="wide", **claims)
+MODEST: dict[str, Any] = {"nan_in_hidden_keys": False, "mask_and_causal": False}
 
 
-@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=lambda b: b.name)
-def test_pytorch_is_right_by_its_own_convention(backend: SDPBackend) -> None:
+@pytest.mark.parametrize("backend", ["torch-math", "torch-flash"])
+def test_pytorch_is_right_by_its_own_convention(backend: str) -> None:
     """Top-left alignment called a bug although nothing else was promised."""
-    words = found(sdpa(backend))
+    words = found(resolve(backend, "cpu", **MODEST))
     assert words["causal, 6 queries and 10 keys"].found.startswith(ALIGNED["top-left"])
     assert words["a row that sees nothing, by mask"].found == "out 0, gradients 0"
     assert words["NaN in values hidden by mask"].found == "reaches out, dq, dk"
@@ -72,43 +58,17 @@ def test_pytorch_is_right_by_its_own_convention(backend: SDPBackend) -> None:
 
 def test_pytorch_backends_disagree_about_a_mask_with_causal() -> None:
     """The same call raises or works, by backend: asked though nobody claims it, judged by nobody."""
-    math_, flash = (
-        found(sdpa(backend))["a mask and causal"] for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)
-    )
-    assert math_.found.startswith(RAISES)
-    assert flash.found == "both hold"
-    assert math_.ok is flash.ok is None
-
-
-def flex(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    window: tuple[int, int] | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    left, right = window or (q.shape[2] + k.shape[2],) * 2
-    shift = k.shape[2] - q.shape[2]
-
-    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j >= i + shift - left) & (j <= i + shift + (0 if causal else right))
-
-    def capped(score: Tensor, *_: Tensor) -> Tensor:
-        return score if softcap is None else softcap * torch.tanh(score / softcap)
-
-    block_mask = create_block_mask(seen, None, None, q.shape[2], k.shape[2], device=str(q.device))
-    gqa = q.shape[1] != k.shape[1]
-    return flex_attention(q, k, v, capped, block_mask, enable_gqa=gqa, return_lse=True)
+    targets = (resolve(backend, "cpu", **MODEST) for backend in ("torch-math", "torch-flash"))
+    raised, worked = (found(asked)["a mask and causal"] for asked in targets)
+    assert raised.found.startswith("raises RuntimeError")
+    assert worked.found == "both hold"
+    assert raised.ok is worked.ok is None
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_flex_attention_is_understood() -> None:
     """Blocks, score functions and an lse beside out: another way of saying the same."""
-    claims: dict[str, Any] = {"causal": True, "window": True, "softcap": True, "gqa": True, "lse": True}
-    claims |= {"backward": False, "scale": False, "nan_in_hidden_keys": False, "arithmetic": "wide"}
-    words = found(target(flex, **claims))
+    words = found(resolve("torch-flex", "cpu", **MODEST))
     assert words["a row that sees nothing, by causal"].found == "out 0, lse -inf"
     assert words["NaN in values hidden by window"].found == "reaches out"
     assert not [o for o in words.values() if o.ok is False]
