@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from .results import Change, Record, Results, ResultsError
 from .tune import FLOPS_PER_CLOCK, HEAD_DIMS, KERNELS, tune
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32")}
+HERE = "here"
 EXTRAS = ("ratios", "memory", "host")
 QUICK, THOROUGH = Effort(turns=7, budget_s=0.8), Effort(turns=30, budget_s=20.0)
 RATIO_BUDGET_S = 1.5
@@ -64,7 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     asked.add_argument("--peak-memory", action="store_true", help="of each case too; a process for each")
     asked.add_argument("--list", action="store_true", help="name shapes and peers, and end")
-    asked.add_argument("--tune", choices=list(FLOPS_PER_CLOCK), help="search tiles for a GPU, instead")
+    asked.add_argument(
+        "--tune",
+        nargs="?",
+        const=HERE,
+        choices=[HERE, *FLOPS_PER_CLOCK],
+        help="instead, search tiles for a kind of GPU, or for the one that is here",
+    )
     asked.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="to tune (all)")
     asked.add_argument("--head-dim", nargs="+", type=_positive, default=HEAD_DIMS, help="to tune (64 128)")
     shown = parser.add_argument_group("what becomes of it")
@@ -83,12 +90,23 @@ def main(options: argparse.Namespace) -> int:
         return 0
     try:
         if options.tune:
-            tune(options.tune, options.kernel, options.head_dim, console)
-            return 0
+            return _tune(options, console)
         return _bench(options, console)
     except (ResultsError, InputError) as error:
         print(f"undivided bench: {error}", file=sys.stderr)
         return 2
+
+
+def _tune(options: argparse.Namespace, console: Console) -> int:
+    kind = options.tune
+    if kind == HERE:
+        kind = environment()["architecture"]
+        if kind not in FLOPS_PER_CLOCK:
+            raise InputError(f"--tune must name one of {', '.join(FLOPS_PER_CLOCK)}: {kind} is here")
+    for candidate in tune(kind, options.kernel, options.head_dim, console):
+        if options.lines:
+            print(json.dumps(asdict(candidate)), flush=True)
+    return 0
 
 
 class InputError(ValueError):
@@ -101,7 +119,7 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
         found = results.read(options.load)
     else:
         device = _device(options.device)
-        found = _measured(options, _points(options, device), device, console)
+        found = _measured(options, points(options, device), device, console)
     changes = results.compare(earlier, found) if earlier else []
     remarks = _remarks(earlier, found) if earlier else []
     if not options.lines:
@@ -112,7 +130,7 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
     return 1 if failed or lost or any(change.is_regression for change in changes) else 0
 
 
-def _points(options: argparse.Namespace, device: torch.device) -> list[Point]:
+def points(options: argparse.Namespace, device: torch.device) -> list[Point]:
     """Shapes times masks, lengths and dtypes."""
     names = options.shape or list(shapes.DEFAULT)
     if names == ["all"]:
@@ -134,24 +152,24 @@ def _points(options: argparse.Namespace, device: torch.device) -> list[Point]:
 
 
 def _measured(
-    options: argparse.Namespace, points: Sequence[Point], device: torch.device, console: Console
+    options: argparse.Namespace, asked: Sequence[Point], device: torch.device, console: Console
 ) -> Results:
     """Everything asked for; records are printed as lines as they come, if so wanted."""
     torch.manual_seed(0)
     extras = (EXTRAS if options.shape is None else ()) if options.extras is None else options.extras
     if device.type != "cpu":
         extras = [name for name in extras if name != "ratios"]
-    found = Results(environment(), sources={point.case.name: point.shape.source for point in points})
-    steps = 2 + len(points) + len(extras)
+    found = Results(environment(), sources={point.case.name: point.shape.source for point in asked})
+    steps = 2 + len(asked) + len(extras)
     with _progress(console, steps, silent=options.lines) as advance:
         advance("roofs: copy")
         found.roofs["copy"] = roofs.copy_roof(device)
-        for dtype in dict.fromkeys(point.dtype for point in points):
+        for dtype in dict.fromkeys(point.dtype for point in asked):
             name = str(dtype).removeprefix("torch.")
             advance(f"roofs: {name} product", 0)
             found.roofs[name] = roofs.matmul_roof(dtype, device)
         records: list[Record] = []
-        for point in points:
+        for point in asked:
             advance(f"{point.case.name}, {point.dtype}".replace("torch.", ""))
             for record in _records(options, point, device, found.roofs):
                 if options.lines:
@@ -205,7 +223,7 @@ def _records(
 def _show(console: Console, found: Results, changes: Sequence[Change], remarks: Sequence[str]) -> None:
     if found.records:
         console.print(report.table(found))
-    for line in report.absences(found):
+    for line in report.absences(found) + report.busy(found):
         console.print(line, style="dim", markup=False, highlight=False)
     if found.ratios:
         console.print(report.ratio_table(found.ratios))

@@ -12,28 +12,33 @@ from typing import Any
 
 import torch
 
+from ..kernels.evidence import architecture
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment() -> dict[str, Any]:
     """What a figure means nothing without: the machine, the versions, the commit."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    on_gpu = torch.cuda.is_available()
     found: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now.date().isoformat(),
+        "time": now.time().isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "undivided": _version("undivided"),
         "revision": _revision(),
+        "gpu": torch.cuda.get_device_name() if on_gpu else "none",
+        "architecture": architecture(torch.device("cuda" if on_gpu else "cpu")),
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
-    if torch.cuda.is_available():
+    if on_gpu:
         found |= {
-            "gpu": torch.cuda.get_device_name(),
-            "capability": list(torch.cuda.get_device_capability()),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "ptxas": os.environ.get("TRITON_PTXAS_PATH"),

@@ -1,4 +1,4 @@
-"""What to do when a GPU is at hand: the tests natively, then the sweep, then one file of results.
+"""What to do when a GPU is at hand: the tests natively, the sweep, the tiles, then one file of results.
 
 Once every file of tests has passed, kernels/evidence.json says so.
 `bench/gpu.sh` calls this. Exit status 0: all done, all passed; 1: all done, something failed; 75: not
@@ -8,13 +8,10 @@ everything fitted into the time, call again.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,13 +21,19 @@ import torch
 
 from ..kernels import evidence
 from ..kernels.spec import IMPLEMENTATIONS
-from . import gpu_sweep, lane
+from . import lane, shapes
+from .environment import ROOT, environment
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-TEST_SECONDS, CASE_SECONDS = 240.0, 90.0
+TEST_SECONDS, CASE_SECONDS, TUNE_SECONDS = 240.0, 150.0, 400.0
 NO_TESTS_LEFT = 5  # pytest's exit status when every test of a file was deselected
 CALL_AGAIN = os.EX_TEMPFAIL
+# Where a call is short, how it is launched decides.
+MODES = (
+    *("--shape", "llama-3.1-8b", "llama-3.1-8b-decode", "vit-l-16"),
+    *("--peers", "undivided", "undivided-compiled", "undivided-graph"),
+)
+PARTS = ("tests", "sweep", "tune")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="stop before (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu", help="where the journal lies")
-    parser.add_argument("--only", choices=("tests", "sweep"), help="leave out the other part")
+    parser.add_argument("--only", choices=PARTS, help="leave out the others")
     parser.add_argument("--fresh", action="store_true", help="forget what was done")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -67,15 +70,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def tasks(only: str | None = None) -> Iterator[lane.Task]:
-    """Each file of tests, then each case of the sweep, in a process of its own."""
-    if only != "sweep":
+    """Each file of tests, then each shape, then the search for tiles, in a process of its own."""
+    bench = [sys.executable, "-m", "undivided", "bench", "--lines"]
+    if only in (None, "tests"):
         for file in sorted(ROOT.glob("tests/test_*.py")):
             command = [sys.executable, "-m", "pytest", "-q", "-m", "not full and not compile", str(file)]
             yield lane.Task(f"tests/{file.name}", command, TEST_SECONDS, (0, NO_TESTS_LEFT))
-    if only != "tests":
-        for name in gpu_sweep.CASES:
-            command = [sys.executable, "-m", "undivided.bench.gpu_sweep", name]
-            yield lane.Task(f"sweep/{name}", command, CASE_SECONDS)
+    if only in (None, "sweep"):
+        for name in shapes.SHAPES:
+            yield lane.Task(f"sweep/{name}", [*bench, "--shape", name], CASE_SECONDS)
+        yield lane.Task("sweep/modes", [*bench, *MODES], CASE_SECONDS)
+    if only in (None, "tune"):
+        yield lane.Task("tune/tiles", [*bench, "--tune"], TUNE_SECONDS)
 
 
 def write(outcomes: Sequence[lane.Outcome], complete: bool, where: Mapping[str, Any], folder: Path) -> Path:
@@ -87,8 +93,7 @@ def write(outcomes: Sequence[lane.Outcome], complete: bool, where: Mapping[str, 
     document = {
         "environment": where,
         "complete": complete,
-        "tests": [entry for entry in entries if entry["name"].startswith("tests/")],
-        "sweep": [entry for entry in entries if entry["name"].startswith("sweep/")],
+        **{part: [entry for entry in entries if entry["name"].startswith(f"{part}/")] for part in PARTS},
     }
     gpu = re.sub(r"[^a-z0-9]+", "-", where["gpu"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,34 +119,6 @@ def findings(
         )
         for implementation in IMPLEMENTATIONS
     ]
-
-
-def environment() -> dict[str, Any]:
-    """Versions and the machine: what a figure means nothing without."""
-    import triton
-
-    gpu = torch.cuda.is_available()
-    return {
-        "date": datetime.date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name() if gpu else "none",
-        "architecture": evidence.architecture(torch.device("cuda" if gpu else "cpu")),
-        "clocks": gpu_sweep.clocks(torch.device("cuda")) if gpu else None,
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "triton": triton.__version__,
-        "ptxas": os.environ.get("TRITON_PTXAS_PATH"),
-        "python": platform.python_version(),
-        "revision": _revision(),
-    }
-
-
-def _revision() -> str | None:
-    """The commit, where the checkout came with its history."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def table(outcomes: Sequence[lane.Outcome]) -> str:

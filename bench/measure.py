@@ -64,8 +64,7 @@ def measure(
             contestant = _Contestant(peer(case, problem), problem, judge.gradients)
             verdict = judge.verdict(contestant, is_ours=name.startswith(OURS))
         except (UnavailableError, NotImplementedError, RuntimeError) as error:  # out of memory is one, too
-            reason = f"{error}".strip().partition("\n")[0] or type(error).__name__
-            yield from (for_all(direction, status="n/a", reason=reason) for direction in directions)
+            yield from (for_all(d, status="n/a", reason=_first_line(error)) for d in directions)
             continue
         contestant.record = functools.partial(
             for_all,
@@ -79,11 +78,18 @@ def measure(
         else:
             passed[name] = contestant
     for direction in directions:
-        runs = {name: contestant.run(direction) for name, contestant in passed.items()}
-        samples = in_turns(runs, device, turns=effort.turns, budget_s=effort.budget_s)
+        runs: dict[str, Run] = {}
         for name, contestant in passed.items():
-            record = contestant.record(direction)
-            yield _timed(record, samples[name], needed[direction], roofs, device, runs[name])
+            try:
+                runs[name] = contestant.run(direction)
+                runs[name]()
+            except RuntimeError as error:  # room for one pass is not room for everybody's
+                runs.pop(name, None)
+                yield contestant.record(direction, status="n/a", reason=_first_line(error))
+        samples = in_turns(runs, device, turns=effort.turns, budget_s=effort.budget_s)
+        for name, run in runs.items():
+            record = passed[name].record(direction)
+            yield _timed(record, samples[name], needed[direction], roofs, device, run)
 
 
 class _Verdict(NamedTuple):
@@ -136,6 +142,10 @@ class _Judge:
             is_wrong = any(ratio > PASSES[output] for output, ratio in ratios.items())
             reason += "" if is_wrong else "; but no worse than plain PyTorch, by the field's rule"
         return _Verdict(is_wrong, reason, {x.output: round(x.constant, 3) for x in findings})
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _first(x: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,22 @@ def _ours(impl: str | None, case: Case, problem: Problem) -> Ready:
         impl = "triton" if problem.q.device.type == "cuda" else "auto"
     attend = functools.partial(attention, **{**problem.given_options(), "impl": impl})
     return Ready(attend, arithmetic=ARITHMETIC[impl])
+
+
+def _compiled(case: Case, problem: Problem) -> Ready:
+    """Ours in a graph of torch.compile."""
+    attend, _, arithmetic = _ours(None, case, problem)
+    return Ready(_compile(attend), "torch.compile", arithmetic)
+
+
+def _graphed(case: Case, problem: Problem) -> Ready:
+    """Ours in CUDA graphs, one for each direction: nothing is left of the host's time but a replay."""
+    if problem.q.device.type != "cuda":
+        raise UnavailableError("CUDA graphs need a CUDA device")
+    attend, _, arithmetic = _ours(None, case, problem)
+    samples = tuple(x.detach().clone().requires_grad_() for x in problem[:3])
+    graphed: Any = torch.cuda.make_graphed_callables(attend, samples)
+    return Ready(graphed, "CUDA graph", arithmetic)
 
 
 def _adapter(name: str, case: Case, problem: Problem) -> Ready:
@@ -126,9 +142,17 @@ def _flex_attention(case: Case, problem: Problem) -> Ready:
     if any(x is not None for x in (spec.left, spec.right, inputs.key_lengths, inputs.mask)):
         batch = None if inputs.key_lengths is None else case.batch
         block_mask = create_block_mask(shown, batch, None, case.seqlen_q, case.seqlen_k, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = _compile(flex_attention)
     grouped = case.heads_q != case.heads_kv
     return Ready(functools.partial(compiled, block_mask=block_mask, scale=spec.scale, enable_gqa=grouped))
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As torch.compile, but with a backward pass that can be run more than once over the same graph."""
+    import torch._functorch.config as functorch_config
+
+    functorch_config.donated_buffer = False
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def _dense_mask(problem: Problem) -> Tensor | None:
@@ -147,6 +171,8 @@ def _refuse_large_scores(problem: Problem) -> None:
 PEERS: dict[str, Peer] = {
     OURS: functools.partial(_ours, None),
     **{f"{OURS}-{impl}": functools.partial(_ours, impl) for impl in ARITHMETIC},
+    f"{OURS}-compiled": _compiled,
+    f"{OURS}-graph": _graphed,
     "torch-flex-compiled": _flex_attention,
     "eager": _eager,
 }

@@ -68,7 +68,7 @@ def _sweeps(records: Sequence[Record]) -> Iterator[Picture]:
         figure, axes = _figure(7, 4)
         for i, (name, points) in enumerate(lines.items()):
             axes.plot(*zip(*sorted(points)), marker="o", color=COLOURS[i % len(COLOURS)], label=name)
-        axes.set_xscale("log", base=2)
+        _lengths(axes, sorted({length for points in lines.values() for length, _ in points}))
         axes.set(xlabel="sequence length", ylabel="TFLOP/s")
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=8, frameon=False)
@@ -106,12 +106,18 @@ def _memory(peaks: Sequence[Peak]) -> bytes:
         ]
         if points:
             axes.plot(*zip(*points), marker="o", color=COLOURS[i % len(COLOURS)], label=name)
-    axes.set_xscale("log", base=2)
+    _lengths(axes, sorted({peak.seqlen for peak in peaks}))
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes.set(xlabel="sequence length", ylabel="MiB, forward + backward")
     axes.legend(fontsize=8, frameon=False)
     axes.set_title(peaks[0].case, fontsize=10, color=INK, loc="left")
     return _png(figure)
+
+
+def _lengths(axes: Any, seqlens: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(seqlens, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in seqlens])
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -121,7 +127,9 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     figure = Figure(figsize=(width, height), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.tick_params(labelsize=8, colors=INK, length=0)
+    axes.tick_params(which="both", labelsize=8, colors=INK, length=0)
+    axes.xaxis.label.set_size(8)
+    axes.yaxis.label.set_size(8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure, axes

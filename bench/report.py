@@ -86,6 +86,14 @@ def absences(results: Results) -> list[str]:
     return lines
 
 
+def busy(results: Results) -> list[str]:
+    """A warning where others were at work on the machine when it was measured."""
+    load, threads = (results.environment.get(name) for name in ("load", "threads"))
+    if load is None or threads is None or load <= 0.5 * threads:
+        return []
+    return [f"The machine was busy when this began, its load {load:g}: trust ratios more than times."]
+
+
 def ratio_table(ratios: Sequence[Ratio]) -> Table:
     """Ours against PyTorch's on a CPU."""
     made = Table(title="undivided.attention against F.scaled_dot_product_attention")
@@ -164,8 +172,9 @@ def html(results: Results, changes: Sequence[Change] = (), remarks: Sequence[str
     """The whole run as one page."""
     columns, rows = grid(results)
     images = pictures(results)
+    where = [[name, str(value)] for name, value in results.environment.items()]
     sections = [
-        Section("Where", columns=("what", "is"), rows=[[k, str(v)] for k, v in results.environment.items()]),
+        Section("Where", "".join(busy(results)), ("what", "is"), where),
         _section("Roofs", ("what", "measured"), _roof_rows(results.roofs)),
         _section("Speed", columns, rows, HOW, [image for name, image in images if name.startswith("speed")]),
         _section("Not measured, or with a remark", ("what",), [[line] for line in absences(results)]),

@@ -124,7 +124,7 @@ def test_every_peer_that_is_here_computes_every_mask(mask: str) -> None:
     """A window turned into the wrong dense mask would be a fast peer that computes something else."""
     shape = dataclasses.replace(shapes.SHAPES["gpt-oss"], heads_q=4, heads_kv=2, window=7)
     case = shape.case(mask, "cpu", seqlen=24, batch=2)
-    here = ("undivided", "undivided-fallback", "torch-flash", "torch-math", "eager")
+    here = ("undivided", "undivided-reference", "torch-flash", "torch-math", "eager")
     found = measured(case, {name: peers.find(name) for name in here})
     assert [(r.implementation, r.status) for r in found] == [(name, "timed") for name in here] * 2
     hides_by_rows = mask in (shapes.WINDOW, shapes.DENSE)
@@ -196,6 +196,28 @@ def test_a_peer_that_refuses_or_is_missing_says_why() -> None:
     assert found["xformers"].status == "n/a"
     assert found["xformers"].reason
     assert found["undivided"].status == "timed"
+
+
+def test_one_that_fails_when_timed_costs_nobody_else_his_figure() -> None:
+    """Out of memory comes late: when everybody's graphs are kept."""
+    right = peers.find("undivided")(SMALL, SMALL.build(torch.float32)).attend
+    calls = itertools.count()
+
+    def fails_later(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if next(calls) > 0:
+            raise torch.OutOfMemoryError("no room\nand more")
+        return right(q, k, v)
+
+    found = measured(SMALL, {"x": ready(fails_later), "undivided": peers.find("undivided")})
+    assert {(r.implementation, r.status) for r in found} == {("x", "n/a"), ("undivided", "timed")}
+    assert {r.reason for r in found if r.implementation == "x"} == {"no room"}
+
+
+@pytest.mark.full
+def test_ours_compiled_is_timed_backward_too() -> None:
+    """A compiled graph gives its buffers away, and its backward pass can then be run only once."""
+    found = measured(SMALL, {"undivided-compiled": peers.find("undivided-compiled")})
+    assert [(r.direction, r.status) for r in found] == [("forward", "timed"), ("backward", "timed")]
 
 
 def test_large_scores_are_not_asked_of_those_who_keep_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,6 +350,14 @@ def test_the_table_shows_ratios_and_reasons() -> None:
     assert rows[0][4].endswith("≈")
     assert rows[0][5] == "✗ wrong"
     assert any(line.startswith("torch-math: wrong") for line in report.absences(FOUND))
+
+
+def test_a_busy_machine_is_said() -> None:
+    """Times of a run beside a compilation look like times."""
+    assert report.busy(FOUND) == []
+    crowded = dataclasses.replace(FOUND, environment={"load": 9.0, "threads": 2})
+    assert "load 9:" in report.busy(crowded)[0]
+    assert "load 9:" in report.html(crowded)
 
 
 def test_a_sweep_is_drawn_over_lengths() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from undivided.bench import gpu, gpu_sweep, lane
+from undivided.bench import command, gpu, lane, shapes
 from undivided.kernels import evidence
 
 CPU = torch.device("cpu")
@@ -59,41 +60,21 @@ def test_a_budget_below_a_time_out_is_refused(tmp_path: Path) -> None:
 def test_tasks_cover_every_file_of_tests_and_every_case() -> None:
     names = [task.name for task in gpu.tasks()]
     assert f"tests/{Path(__file__).name}" in names
-    assert {name for name in names if name.startswith("sweep/")} == {f"sweep/{c}" for c in gpu_sweep.CASES}
+    swept = {name.removeprefix("sweep/") for name in names if name.startswith("sweep/")}
+    assert swept == {*shapes.SHAPES, "modes"}
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        gpu_sweep.Case(16, 64, causal=True, heads_q=4, heads_kv=2),
-        gpu_sweep.Case(16, 64, causal=True, window=7, heads_q=2),
-    ],
-    ids=lambda case: case.name,
-)
-def test_a_case_is_measured_against_its_peers(case: gpu_sweep.Case) -> None:
-    """The constants of the error budget come first: a peer that computes something else shows here."""
-    records = list(gpu_sweep.measure(case, CPU, tokens=128))
-    ours = [record for record in records if record["implementation"] == "undivided"]
-    assert [record["direction"] for record in ours] == ["forward", "backward"]
-    for record in records:
-        if "unavailable" not in record:
-            assert record["tflops"] > 0
-            assert max(record["constants"].values()) < 5
-    assert json.loads(json.dumps(records)) == records
-
-
-def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fast kernel that computes something else must not get a figure."""
-    case = gpu_sweep.Case(16, 64, heads_q=2)
-    right = gpu_sweep.attention
-    monkeypatch.setattr(gpu_sweep, "attention", lambda *qkv, **options: 1.1 * right(*qkv, **options))
-    (record,) = [r for r in gpu_sweep.measure(case, CPU, tokens=64) if r["implementation"] == "undivided"]
-    assert "tflops" not in record
-    assert any("out[" in sentence for sentence in record["wrong"])
-    monkeypatch.setattr(gpu_sweep, "measure", lambda *_: iter([record]))
-    monkeypatch.setattr("sys.argv", ["gpu_sweep", next(iter(gpu_sweep.CASES))])
-    assert gpu_sweep.main() == 1, "a wrong result must fail its task"
+@pytest.mark.parametrize("part", ["sweep", "tune"])
+def test_the_lane_gives_orders_that_the_command_takes(part: str) -> None:
+    """A renamed option would be found when a GPU is there for ten minutes."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    for task in gpu.tasks(part):
+        assert task.command[1:4] == ["-m", "undivided", "bench"]
+        options = parser.parse_args(task.command[4:])
+        assert options.lines
+        assert options.tune or command.points(options, torch.device("cpu"))
 
 
 def test_results_and_table(tmp_path: Path) -> None:
@@ -150,7 +131,7 @@ class TestEvidence:
         assert (self.out / "evidence.json").read_text() == evidence._FILE.read_text()
 
     def test_a_failure_in_the_sweep_is_another_matter(self) -> None:
-        self.failing = {f"sweep/{next(iter(gpu_sweep.CASES))}"}
+        self.failing = {f"sweep/{next(iter(shapes.SHAPES))}"}
         assert self.go() == 1
         assert evidence.state_of("triton", "sm_95", "9.9.0") == "run natively"
 
