@@ -1,6 +1,14 @@
-"""Is an attention function right? The room of the oracle, the error budget and the cases.
+"""Is an attention function right? Ours or anybody's: `check` says so, `undivided check` in a terminal.
 
 Nothing here knows how an implementation works. `oracle` says what the answer is and how well
-conditioned each of its elements is, `budget` how far from it a correct implementation may land,
-`cases` what to ask, `distributions` with which numbers, `memory` how to catch stray reads.
+conditioned each of its elements is, `budget` how far from it a correct implementation may land. A
+`target` is what is checked, `adapters` finds one by name, `cases` are what to ask, `distributions` with
+which numbers; `questions` puts cases to the checks of `safety`, with the traps of `memory`, and `probes`
+says in words what a function does. `check` asks it all, `shrink` makes what fails small, `report` shows it.
 """
+
+from .check import check
+from .target import Capabilities, Target, target
+from .verdict import Report
+
+__all__ = ["Capabilities", "Report", "Target", "check", "target"]

@@ -15,7 +15,7 @@ from ..kernels import dispatch
 from ..kernels.spec import DTYPES
 from . import library_adapters, torch_adapters
 from .budget import Arithmetic
-from .cases import Problem
+from .cases import Case, Problem
 from .target import EVERYTHING, Target, as_code, claim, target
 
 ARITHMETIC: dict[str, Arithmetic] = {
@@ -38,6 +38,15 @@ def ours(impl: str) -> Target:
     )
 
 
+def _ours_on(impl: str, device: torch.device) -> Target:
+    made = ours(impl)
+    problem = Case("plain").build(made.capabilities.dtypes[0], device)
+    reasons = dispatch.unsupported_reasons(impl, *problem.prepared())
+    if reasons:
+        raise ValueError(f"undivided-{impl} cannot run: {'; '.join(reasons)}")
+    return made
+
+
 def _dtypes(impl: str) -> tuple[torch.dtype, ...]:
     if impl == "reference":  # 16-bit inputs are widened by whoever calls it
         return torch.float32, torch.float64
@@ -50,7 +59,7 @@ def _dtypes(impl: str) -> tuple[torch.dtype, ...]:
 Maker = Callable[[torch.device], Target]
 
 ADAPTERS: dict[str, Maker] = {
-    **{f"undivided-{impl}": partial(lambda impl, device: ours(impl), impl) for impl in ARITHMETIC},
+    **{f"undivided-{impl}": partial(_ours_on, impl) for impl in ARITHMETIC},
     **{f"torch-{name}": partial(torch_adapters.sdpa, name) for name in torch_adapters.BACKENDS},
     "torch-flex": torch_adapters.flex,
     "torch-flex-compiled": torch_adapters.flex_compiled,

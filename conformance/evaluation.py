@@ -19,8 +19,10 @@ def evaluate(target: Target, problem: Problem) -> Results:
         options = {**options, "bias": leaves[-1]}
     q, k, v = leaves[:3]
     out, lse = target.attend(problem._replace(q=q, k=k, v=v, options=options))
-    assert isinstance(out, Tensor), f"returned {type(out).__name__}, not a tensor"
-    assert lse is None or isinstance(lse, Tensor), f"returned {type(lse).__name__} for lse, not a tensor"
+    rows = tuple(q.shape[:3])
+    _assert_tensor("out", out, (*rows, v.shape[3]))
+    if lse is not None:
+        _assert_tensor("lse", lse, rows)
     results = Results(out.detach(), None if lse is None or not claims.lse else lse.detach())
     if not claims.backward:
         return results
@@ -33,6 +35,11 @@ def evaluate(target: Target, problem: Problem) -> Results:
     dq, dk, dv, *dbias = torch.autograd.grad(outputs, leaves, grads)
     four_axes = [x[(None,) * (4 - x.ndim)] for x in dbias]
     return Results(*results[:2], dq, dk, dv, *four_axes)
+
+
+def _assert_tensor(name: str, x: object, shape: tuple[int, ...]) -> None:
+    assert isinstance(x, Tensor), f"{name} is {type(x).__name__}, not a tensor"
+    assert tuple(x.shape) == shape, f"{name} has shape {tuple(x.shape)}, not {shape}"
 
 
 def expected(problem: Problem, claims: Capabilities | None = None) -> Oracle:

@@ -131,7 +131,8 @@ def target(function: Callable[..., Any], name: str | None = None, **capabilities
 
     name = name or str(getattr(function, "__name__", "attention"))
     module, path = (getattr(function, key, "") for key in ("__module__", "__qualname__"))
-    origin = as_code(f"{module}:{path}", capabilities) if module and path else ""
+    importable = module and path and "<" not in path
+    origin = as_code(f"{module}:{path}", capabilities) if importable else ""
     return Target(name, attend, claims, origin=origin)
 
 

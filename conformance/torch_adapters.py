@@ -152,12 +152,14 @@ def _flex(attention: Callable[..., Any], lse: bool = True) -> Attend:
     def attend(problem: Problem) -> tuple[Tensor, Tensor | None]:
         inputs, spec = problem.prepared()
         q, k, v, bias = *inputs[:3], inputs.bias
+        if bias is not None:  # score.dtype, where the function is traced, is not that of the score
+            bias = bias.to(torch.promote_types(q.dtype, torch.float32))
         seen = visible(inputs, spec)
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             if spec.softcap is not None:
                 score = spec.softcap * torch.tanh(score / spec.softcap)
-            return score if bias is None else score + _at(bias, b, h, i, j).to(score.dtype)
+            return score if bias is None else score + _at(bias, b, h, i, j)
 
         block_mask = None
         if seen is not None:

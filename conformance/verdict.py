@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,10 +44,10 @@ class Verdict(NamedTuple):
 
     @property
     def cause(self) -> str:
-        """The detail without its numbers: failures that share one are shown together."""
+        """The detail without numbers and shapes: failures that share one are shown together."""
         broken = [finding for finding in self.findings if not finding.ok]
         if not broken:
-            return self.detail
+            return re.sub(r"[\[(][\d, ]+[\])]", "(…)", self.detail)
         spoilt = [f.output for f in broken if f.actual != f.actual]
         wrong = [f.output for f in broken if f.actual == f.actual]
         parts = [f"NaN in {', '.join(spoilt)}"] * bool(spoilt)

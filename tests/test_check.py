@@ -1,0 +1,322 @@
+"""Does the check find what is wrong, say what it is, and survive whatever it is given?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from undivided import attention
+from undivided.conformance import Target, check, command, target
+from undivided.conformance.adapters import resolve
+from undivided.conformance.cases import BIASES, LAYOUTS, MASKS, Case
+from undivided.conformance.check import Question, ask
+from undivided.conformance.page import Section, page
+from undivided.conformance.questions import questions
+from undivided.conformance.report import html
+from undivided.conformance.target import EVERYTHING
+
+CPU = torch.device("cpu")
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Attention as the smallest target."""
+    scores = q.float() @ k.float().mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (scores.softmax(-1) @ v.float()).to(q.dtype)
+
+
+def test_ours_passes_everything() -> None:
+    report = check(resolve("undivided-fallback", "cpu"), device="cpu")
+    assert report.ok, str(report)
+    assert len(report.verdicts) > 200
+    assert not report.failures
+    assert set(report.skipped) == set()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("impl", ["auto", "reference", "fallback"])
+def test_ours_passes_everything_there_is(impl: str) -> None:
+    check(resolve(f"undivided-{impl}", "cpu"), device="cpu", level="full").assert_ok()
+
+
+def test_a_function_of_three_lines_passes() -> None:
+    """A target that claims nothing but the default must not need more than that."""
+    check(plain, device="cpu").assert_ok()
+
+
+def test_what_disagrees_among_the_backends_of_pytorch_is_found() -> None:
+    """math refuses a mask with is_causal, which flash on a CPU takes; NaN hidden by a mask leaks in both."""
+    reports = {
+        name: check(resolve(name, "cpu"), device="cpu", only="mask") for name in ("torch-math", "torch-flash")
+    }
+    causes = {name: {failure.cause for failure in report.failures} for name, report in reports.items()}
+    leak = "NaN in out, dq, dk, dv"
+    refused = (
+        "raises RuntimeError: _scaled_dot_product_attention: "
+        "Explicit attn_mask should not be set when is_causal=True"
+    )
+    assert causes["torch-math"] == {leak, refused}
+    assert leak in causes["torch-flash"]
+    assert refused not in causes["torch-flash"]
+
+
+def raising(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    raise LookupError("not today")
+
+
+def scaling_in_place(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    with torch.no_grad():
+        q *= 1.5
+    return plain(q, k, v)
+
+
+def drawing(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    return plain(q, k, v) * (1 + 0.1 * torch.rand(()))
+
+
+def endless(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    while True:
+        pass
+
+
+MISBEHAVIOUR: list[tuple[Callable[..., Any], str, str]] = [
+    (raising, "square", "raises LookupError: not today"),
+    (lambda q, k, v, **_: None, "1x1", "out is NoneType, not a tensor"),
+    (lambda q, k, v, **_: plain(q, k, v).mT, "7x1", "out has shape (…), not (…)"),
+    (lambda q, k, v, **_: plain(q, k, v).double(), "1x1", "out has dtype torch.float64, not torch.float"),
+    (lambda q, k, v, **_: plain(q, k, v).detach(), "1x1", "out carries no gradient"),
+    (lambda q, k, v, **_: plain(q, k, v) + torch.nan, "1x1", "NaN in out"),
+    (lambda q, k, v, **_: (plain(q, k, v),) * 3, "1x1", "raises ValueError: too many values to unpack"),
+    (scaling_in_place, "inputs stay", "modifies q"),
+    (drawing, "same bits", "other bits of out"),
+]
+
+
+@pytest.mark.parametrize(("function", "only", "cause"), MISBEHAVIOUR, ids=lambda x: str(x)[:30])
+def test_misbehaviour_is_a_finding(function: Callable[..., Any], only: str, cause: str) -> None:
+    """A crash of the check, or a failure that nobody can tell from another."""
+    report = check(target(function, "mine"), device="cpu", only=only)
+    assert not report.ok
+    assert all(failure.cause.startswith(cause) for failure in report.failures), str(report)
+
+
+def test_a_function_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["undivided.conformance.check"], "SECONDS", 0.2)
+    verdict = ask(target(endless), Question("values", Case("1x1"), torch.float32), CPU)
+    assert verdict.detail == "raises TimeoutError: no answer in 0.2 s"
+
+
+def wrong_past_20_keys(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, **_: Any) -> Tensor:
+    """The last key is forgotten where there are more than 20 of them and causal is asked for."""
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    if causal:
+        rows, cols = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+        hidden = cols > rows + k.shape[2] - q.shape[2]
+        hidden = hidden | (cols > 19) & (k.shape[2] > 20)
+        scores = scores.masked_fill(hidden, -1e30)
+    return scores.softmax(-1) @ v
+
+
+def test_a_failure_is_shrunk_to_what_makes_it() -> None:
+    """An option, a head or a row in the smallest case that has nothing to do with the failure."""
+    mine = target(wrong_past_20_keys, causal=True, empty_rows=False, dtypes=(torch.float32,))
+    report = check(mine, device="cpu", only="values, causal, float32")
+    (failure,) = report.failures
+    assert failure.case == Case(
+        "smallest",
+        heads_q=1,
+        heads_kv=1,
+        seqlen_q=1,
+        seqlen_k=21,
+        head_dim=1,
+        causal=True,
+    )
+
+
+def test_the_code_of_a_failure_runs_and_fails_alike(tmp_path: Path) -> None:
+    """Code with a name or a claim missing, which cannot be pasted."""
+    report = check(resolve("torch-math", "cpu"), device="cpu", only="causal mask padding_left bk")
+    (failure,) = report.failures
+    done = subprocess.run(
+        [sys.executable, "-c", failure.code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"values, smallest, bfloat16: {failure.detail}"
+
+
+def test_a_target_claims_the_same_again() -> None:
+    """Claims that the code of a failure forgets: it would ask another target."""
+    (claims,) = (target(plain, causal=True, head_dims=(16, 32)).origin,)
+    assert claims == f"'{__name__}:plain', causal=True, head_dims=(16, 32)"
+
+
+def test_quick_leaves_nothing_out() -> None:
+    """A dtype, an option, a layout or a pattern that only the level full would ask."""
+    everything = Target("everything", lambda problem: (problem.q, None), EVERYTHING)
+    asked = list(questions(everything, "quick", Counter()))
+    cases = [question.case for question in asked if question.check == "values"]
+    assert {question.dtype for question in asked} == set(EVERYTHING.dtypes)
+    assert {case.layout for case in cases} == set(LAYOUTS)
+    assert {case.mask.pattern for case in cases if case.mask} == set(MASKS)
+    assert {case.bias.pattern for case in cases if case.bias} == set(BIASES)
+    full = list(questions(everything, "full", Counter()))
+    assert set(asked) < set(full)
+    assert len(full) == len(set(full))
+    for option in ("causal", "window", "key_lengths", "mask", "bias", "softcap", "dropout", "gqa"):
+        dtypes = {q.dtype for q in asked if q.check == "values" and q.case.name == option}
+        assert dtypes == set(EVERYTHING.dtypes), option
+
+
+def test_nothing_unclaimed_is_asked() -> None:
+    skipped: Counter[str] = Counter()
+    asked = list(questions(target(plain), "full", skipped))
+    assert not any(q.case.causal or q.case.mask or q.case.heads_q != q.case.heads_kv for q in asked)
+    assert {"causal", "mask", "gqa", "compiles"} <= set(skipped)
+
+
+def test_a_report_can_be_stored_and_read() -> None:
+    """Infinities, which JSON lacks; tensors or dtypes, which it cannot write."""
+    report = check(lambda q, k, v: plain(q, k, v) + torch.nan, device="cpu", only="1x1")
+    stored = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert stored["ok"] is False
+    assert stored["verdicts"][0]["constants"]["out"] == "inf"
+    assert "NaN in out" in str(report)
+    with pytest.raises(AssertionError, match="NaN in out"):
+        report.assert_ok()
+
+
+def test_a_page_needs_no_network_and_escapes() -> None:
+    shown = page("<b>", [Section("&", "a\n\n    code\n\n    more", ("x",), [("✗ <i>",), (1.5,)], (b"png",))])
+    assert "<b>" not in shown
+    assert "<pre>    code\n\n    more</pre>" in shown
+    assert '<td class="bad">✗ &lt;i&gt;</td>' in shown
+    assert "data:image/png;base64,cG5n" in shown
+    report = check(plain, device="cpu", only="1x1")
+    for text in (shown, html(report)):
+        assert not any(word in text for word in ("http", "//", "@import", "url("))
+
+
+def test_wrong_use_is_an_error() -> None:
+    with pytest.raises(TypeError, match="unknown capability 'casual'"):
+        check(plain, casual=True)
+    with pytest.raises(TypeError, match="brings its capabilities, got causal"):
+        check(target(plain), causal=True)
+    with pytest.raises(ValueError, match="level must be"):
+        check(plain, level="slow")
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.main(parser.parse_args(arguments))
+
+
+def test_the_command_writes_what_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = tmp_path / "report.json", tmp_path / "report.html"
+    outputs = (f"--json={files[0]}", f"--html={files[1]}")
+    assert run("--impl", "fallback", "--device", "cpu", "--only", "square", *outputs) == 0
+    assert json.loads(files[0].read_text())["ok"] is True
+    assert "undivided fallback: right" in files[1].read_text()
+    assert "undivided fallback: right" in capsys.readouterr().out
+    assert run("torch-math", "--device", "cpu", "--only", "padding of one") == 1
+    assert "NaN in out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "name one target"),
+        (("torch-math", "--impl", "triton"), "name one target"),
+        (("nosuch",), "'nosuch' is neither an adapter (undivided-auto,"),
+        (("no_such_module:f",), "cannot load no_such_module:f: ModuleNotFoundError"),
+        (("math:nosuch",), "'math:nosuch': there is no nosuch in math"),
+        (("math:pi",), "'math:pi' is no function but float"),
+        (("torch-cudnn", "--device", "cpu"), "torch-cudnn runs on a CUDA device only, not on cpu"),
+        (("torch-math", "--device", "cpu", "--only", "xyzzy"), "no question has 'xyzzy' in its name"),
+        (("torch-math", "--device", "nosuch"), "--device nosuch does not work here"),
+        (("transformers-eager", "--dtype", "float64"), "claims float16, bfloat16, float32, not float64"),
+        (("torch-math", "--json", "/no/such/folder/x.json"), "there is no folder /no/such/folder"),
+    ],
+)
+def test_a_wrong_command_ends_with_2(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_claims_are_read() -> None:
+    words = {
+        "causal": ("causal", True),
+        "backward=false": ("backward", False),
+        "max_head_dim=64": ("max_head_dim", 64),
+        "head_dims=64,128": ("head_dims", (64, 128)),
+        "dtypes=float16": ("dtypes", (torch.float16,)),
+        "alignments=top-left,bottom-right": ("alignments", ("top-left", "bottom-right")),
+        "arithmetic=wide": ("arithmetic", "wide"),
+    }
+    assert {word: command._claim(word) for word in words} == words
+    for word in ("casual", "causal=perhaps", "head_dims=big", "arithmetic=exact", "dtypes=int8"):
+        with pytest.raises(argparse.ArgumentTypeError, match=word.split("=")[0]):
+            command._claim(word)
+
+
+def test_only_a_whole_pass_on_a_gpu_is_evidence() -> None:
+    """A sample, or a run in the interpreter, that `explain` would call native."""
+    whole = {"impl": "triton", "level": "full", "only": "", "dtype": None, "claim": []}
+    passed, gpu = SimpleNamespace(ok=True), torch.device("cuda")
+    assert command._is_evidence(SimpleNamespace(**whole), passed, gpu)
+    assert not command._is_evidence(SimpleNamespace(**whole), passed, CPU)
+    assert not command._is_evidence(SimpleNamespace(**whole), SimpleNamespace(ok=False), gpu)
+    for part in ({"impl": "auto"}, {"level": "quick"}, {"only": "x"}, {"dtype": ["float16"]}):
+        assert not command._is_evidence(SimpleNamespace(**{**whole, **part}), passed, gpu)
+
+
+PLUGIN_TEST = """
+import pytest
+from torch import Tensor
+
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return ((q.float() @ k.float().mT * scale).softmax(-1) @ v.float()).to(q.dtype)
+
+@pytest.mark.attention(plain, device="cpu")
+def test_right(attention_check):
+    attention_check()
+
+@pytest.mark.attention(lambda q, k, v: plain(q, k, v), scale=False, lse=True, device="cpu")
+def test_wrong(attention_check):
+    attention_check()
+
+def test_unmarked():
+    import sys
+    assert "triton" not in sys.modules
+"""
+
+
+def test_the_pytest_plugin(tmp_path: Path) -> None:
+    """Three lines give a test a question; triton stays out; a wrong function fails by name."""
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["undivided.conformance.pytest_plugin"]\n')
+    (tmp_path / "test_it.py").write_text(PLUGIN_TEST)
+    words = ["-q", "--strict-markers", "-p", "no:cacheprovider", "-k", "values-1x1 or probes or unmarked"]
+    command = [sys.executable, "-m", "pytest", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "test_it.py::test_right" not in done.stdout, done.stdout
+    assert "FAILED test_it.py::test_wrong[probes]" in done.stdout, done.stdout
+    assert "lse is: not returned" in done.stdout
+    assert "1 failed, 4 passed" in done.stdout
+
+
+def test_our_own_facade_is_a_target() -> None:
+    """The function that users call, checked the way they would check theirs."""
+    claims = {"causal": True, "gqa": True, "mask": True, "mask_and_causal": True, "window": True}
+    check(attention, device="cpu", only="causal", **claims).assert_ok()
