@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from . import __version__
 
 COMMANDS = {
+    "bench": (".bench.command", "how fast attention is here, beside every peer"),
+    "check": (".conformance.command", "whether an attention function is right, anybody's"),
     "demo": (".interop.demo.command", "a real trained model, stock attention against ours"),
     "explain": (".kernels.explain_command", "which implementation would run, and why"),
 }

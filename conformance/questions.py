@@ -13,6 +13,7 @@ from . import safety
 from .cases import CASES, OPTIONS, Case, Extra, Problem
 from .oracle import ROUNDOFF
 from .target import Target
+from .verdict import LONG_SEQUENCES, VALUES
 
 Level = Literal["quick", "full"]
 
@@ -71,12 +72,11 @@ _SINGLES = tuple(case for case in CASES if case.name in OPTIONS)
 _PAIRS = tuple(case for case in CASES if "+" in case.name)
 _OTHERS = tuple(case for case in CASES if case not in _SINGLES and case not in _PAIRS)
 
-VALUES = "values"
 _KINDS = (
     Kind(VALUES, safety.values, _SINGLES, "all"),
     Kind(VALUES, safety.values, (*_OTHERS, *HUGE)),
     Kind(VALUES, safety.values, _PAIRS, full_only=True),
-    Kind("long sequences", safety.values, LONG, "coarsest"),
+    Kind(LONG_SEQUENCES, safety.values, LONG, "coarsest"),
     Kind("nothing outside is read", safety.reads_nothing_outside, CANARIES),
     Kind("every element is written", safety.writes_every_element, CANARIES),
     Kind("inputs stay as they are", safety.leaves_inputs_alone, CANARIES),

@@ -15,7 +15,7 @@ from undivided.conformance.adapters import ours, resolve
 from undivided.conformance.cases import Case, Extra
 from undivided.conformance.evaluation import evaluate, expected
 from undivided.conformance.probes import Observation, probe
-from undivided.conformance.probes_visibility import ALIGNED
+from undivided.conformance.probes.visibility import ALIGNED
 from undivided.conformance.target import Capabilities, Target, target
 from undivided.conformance.yardstick import PASSES, two_times_rule
 

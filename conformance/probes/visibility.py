@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Problem
+from ..cases import Problem
 from .subject import Probe, Subject, recognised
 
 IGNORED = "ignored: every query sees every key"

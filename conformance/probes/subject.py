@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..kernels.spec import AttentionOptions
-from .cases import Problem
-from .evaluation import evaluate
-from .oracle import Results
-from .target import Capabilities, Target
+from ...kernels.spec import AttentionOptions
+from ..cases import Problem
+from ..evaluation import evaluate
+from ..oracle import Results
+from ..target import Capabilities, Target
 
 
 class Probe(NamedTuple):

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cases import Problem
-from .oracle import Results
+from ..cases import Problem
+from ..oracle import Results
 from .subject import Probe, Subject, recognised
 
 NOTHING = "reaches nothing"

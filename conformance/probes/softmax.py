@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .cases import Problem
+from ..cases import Problem
 from .subject import Probe, Subject, recognised
 
 ONE_SOFTMAX = "one softmax over all keys"

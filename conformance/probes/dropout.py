@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..kernels.philox import keep_mask
+from ...kernels.philox import keep_mask
 from .subject import Probe, Subject, Weights
 
 LENGTH = 160

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Problem
+from ..cases import Problem
 from .subject import Probe, Subject, recognised
 
 SHARED = "query heads 0, 1 share key head 0; 2, 3 share key head 1"

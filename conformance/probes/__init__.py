@@ -10,25 +10,11 @@ from typing import NamedTuple
 
 import torch
 
-from . import (
-    probes_dropout,
-    probes_edges,
-    probes_gradients,
-    probes_lse,
-    probes_softmax,
-    probes_visibility,
-)
+from ..target import Target
+from . import dropout, edges, gradients, lse, softmax, visibility
 from .subject import Probe, Subject
-from .target import Target
 
-_ROOMS = (
-    probes_visibility,
-    probes_softmax,
-    probes_lse,
-    probes_edges,
-    probes_gradients,
-    probes_dropout,
-)
+_ROOMS = (visibility, softmax, lse, edges, gradients, dropout)
 
 
 class Observation(NamedTuple):
