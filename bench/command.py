@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -98,6 +99,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace, console: Console) -> int:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise InputError("TRITON_INTERPRET=1 is set: interpreted kernels do not compile")
     kind = options.tune
     if kind == HERE:
         kind = environment()["architecture"]

@@ -21,8 +21,9 @@ import torch
 
 from ..kernels import evidence
 from ..kernels.spec import IMPLEMENTATIONS
-from . import lane, shapes
+from . import lane, results, shapes
 from .environment import ROOT, environment
+from .results import Results, record_of
 
 RESULTS = ROOT / "bench" / "results"
 TEST_SECONDS, CASE_SECONDS, TUNE_SECONDS = 240.0, 150.0, 400.0
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = write(outcomes, complete, where, RESULTS)
     known = evidence.record(findings(outcomes, where, f"bench/results/{path.name}"))
     if os.environ.get("OUT"):
-        for file in (path, journal, known):
+        for file in (path, sweep_beside(path), journal, known):
             shutil.copy(file, os.environ["OUT"])
     print(table(outcomes))
     failed = [outcome for outcome in outcomes if outcome.status != "passed"]
@@ -85,12 +86,12 @@ def tasks(only: str | None = None) -> Iterator[lane.Task]:
 
 
 def write(outcomes: Sequence[lane.Outcome], complete: bool, where: Mapping[str, Any], folder: Path) -> Path:
-    """One file: where it ran, what passed, every figure."""
+    """One file: where it ran, what passed, every figure; and the sweep alone, as the command has it."""
     entries = [outcome._asdict() for outcome in outcomes]
     for entry in entries:
         if entry["status"] == "passed":
             del entry["tail"]
-    document = {
+    document: dict[str, Any] = {
         "environment": where,
         "complete": complete,
         **{part: [entry for entry in entries if entry["name"].startswith(f"{part}/")] for part in PARTS},
@@ -99,7 +100,14 @@ def write(outcomes: Sequence[lane.Outcome], complete: bool, where: Mapping[str, 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{gpu}-{where['date']}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
+    lines = [line for entry in document["sweep"] for line in entry["records"]]
+    results.write(Results(dict(where), records=tuple(map(record_of, lines))), sweep_beside(path))
     return path
+
+
+def sweep_beside(path: Path) -> Path:
+    """The file for `undivided bench --load` and `--compare`, next to the one with everything."""
+    return path.with_name(f"{path.stem}-sweep.json")
 
 
 def findings(

@@ -22,13 +22,8 @@ from .peers import OURS, UnavailableError, find
 from .results import Peak
 
 STATUS = Path("/proc/self/status")
-CURVE = Case(
-    "window 256, 1 head, fp32; for torch-flash a dense mask",
-    heads_q=1,
-    heads_kv=1,
-    head_dim=64,
-    window=(255, 0),
-)
+NAME = "window 256, 1 head, fp32; for torch-flash a dense mask"
+CURVE = Case(NAME, heads_q=1, heads_kv=1, head_dim=64, window=(255, 0))
 SEQLENS = (1024, 4096, 16384, 32768)
 DENSE = "torch-flash"
 DENSE_BYTES = 6

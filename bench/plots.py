@@ -128,8 +128,8 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.tick_params(which="both", labelsize=8, colors=INK, length=0)
-    axes.xaxis.label.set_size(8)
-    axes.yaxis.label.set_size(8)
+    axes.xaxis.label.set_fontsize(8)
+    axes.yaxis.label.set_fontsize(8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure, axes

@@ -146,6 +146,11 @@ def read(path: Path) -> Results:
         raise ResultsError(f"{path}: {error}") from None
 
 
+def record_of(line: dict[str, Any]) -> Record:
+    """A record as `undivided bench --lines` prints it; raises as `read` does."""
+    return _parse(Record, line, "")
+
+
 def _parse(kind: Any, document: Any, where: str) -> Any:
     """A dataclass from JSON, each field checked against its annotation."""
     if not isinstance(document, dict):

@@ -134,18 +134,18 @@ def compiled(candidate: Candidate) -> Candidate:
 
 
 def clocks_per_score(candidate: Candidate, products: int) -> float:
-    """A model: matrix products and other instructions overlap as far as there are CTAs to do both; loads do.
+    """A model: what overlaps is the longest of its parts, what does not is their sum.
 
-    Warps of one CTA wait for each other at barriers and do the same thing at the same time: alone, it takes
-    the sum of both; several come nearer to the longer one.
+    Loads overlap with computing from two stages on. Matrix products and other instructions overlap as far as
+    there are CTAs to do both: warps of one wait for each other and do the same thing at the same time.
     """
-    block_q, block_k, _, _ = candidate.tile
+    block_q, block_k, _, num_stages = candidate.tile
     reused = block_k if candidate.kernel == "dkdv" else block_q  # rows that a loaded tile meets
     matrix = 2 * products * candidate.head_dim / FLOPS_PER_CLOCK[candidate.architecture]
     other = candidate.slots / THREAD_INSTRUCTIONS_PER_CLOCK
     loading = 2 * 2 * candidate.head_dim / reused / L2_BYTES_PER_CLOCK[candidate.architecture]
     computing = max(matrix, other) + min(matrix, other) / candidate.ctas_per_sm
-    return max(computing, loading)
+    return computing + loading if num_stages == 1 else max(computing, loading)
 
 
 def timed(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -10,6 +10,9 @@ import dataclasses
 import html.parser
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from undivided import attention
-from undivided.bench import command, measure, memory, peers, report, results, roofs, shapes, timing
+from undivided.bench import command, measure, memory, peers, report, results, roofs, shapes, timing, tune
 from undivided.bench.results import Peak, Ratio, Record, Results
 from undivided.conformance.cases import Case, Extra, Problem
 
@@ -468,7 +471,64 @@ def test_wrong_input_is_named(arguments: list[str], message: str, capsys: pytest
     assert message in capsys.readouterr().err
 
 
+def test_tiles_are_not_searched_in_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing would compile, and an empty table looks like an answer."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert command.main(options("--tune", "sm_90")) == 2
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    if not torch.cuda.is_available():
+        assert command.main(options("--tune")) == 2
+        assert "cpu is here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--seqlen", "0"], ["--mask", "diagonal"], ["--dtype", "fp8"]])
 def test_wrong_words_are_refused_by_the_parser(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         options(*arguments)
+
+
+def candidate(**fields: Any) -> tune.Candidate:
+    given = {"tile": (128, 128, 8, 2), "ctas_per_sm": 1, "slots": 8.0, **fields}
+    return tune.Candidate("sm_90", "forward", 128, **given)
+
+
+def test_the_model_of_tiles_knows_what_hides_what() -> None:
+    """Two CTAs overlap; fewer instructions are better; short tiles wait for the L2 cache."""
+    alone = tune.clocks_per_score(candidate(), products=2)
+    assert tune.clocks_per_score(candidate(ctas_per_sm=2), 2) < alone
+    assert tune.clocks_per_score(candidate(slots=6.0), 2) < alone
+    assert alone == pytest.approx(2 * 2 * 128 / 4096 + 8 / 128), "a CTA alone takes the sum"
+    assert tune.clocks_per_score(candidate(tile=(128, 128, 8, 1)), 2) > alone, "nothing hides the loads"
+    assert tune.clocks_per_score(candidate(tile=(16, 128, 4, 2), ctas_per_sm=4), 2) == 4 * 128 / 16 / 32
+
+
+def test_tiles_that_cannot_fit_are_not_compiled() -> None:
+    """The table's own rows must be among those that are."""
+    assert tune.may_fit(128, (128, 128, 8, 2))
+    assert tune.may_fit(64, (128, 64, 8, 3))
+    assert not tune.may_fit(256, (128, 128, 4, 2))
+
+
+def test_rows_are_those_of_the_table() -> None:
+    """Printed to be pasted."""
+    shown = candidate(clocks=0.2).row
+    assert shown == "128: TileConfig(128, 128, 8, 2),"
+
+
+@pytest.mark.compile
+@pytest.mark.full
+def test_a_candidate_is_compiled_for_a_gpu_that_is_not_here() -> None:
+    """In a process of its own: this one may be the interpreter's."""
+    pytest.importorskip("triton", reason="tiles are compiled by Triton")
+    code = (
+        "from undivided.bench import tune\n"
+        "for kernel in tune.KERNELS:\n"
+        "    found = tune.compiled(tune.Candidate('sm_90', kernel, 64, (64, 64, 4, 2)))\n"
+        "    assert found.clocks < 1 and found.registers > 0, found\n"
+    )
+    surroundings = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=surroundings)
+    assert done.returncode == 0, done.stderr

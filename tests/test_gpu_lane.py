@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from undivided.bench import command, gpu, lane, shapes
+from undivided.bench import command, gpu, lane, results, shapes
 from undivided.kernels import evidence
 
 CPU = torch.device("cpu")
@@ -79,15 +79,18 @@ def test_the_lane_gives_orders_that_the_command_takes(part: str) -> None:
 
 def test_results_and_table(tmp_path: Path) -> None:
     """The committed file says where it ran; a figure keeps its case, direction and implementation."""
-    record = {"case": "hd128", "direction": "forward", "implementation": "undivided", "tflops": 123.4}
+    record = {"case": "hd128", "dtype": "bfloat16", "direction": "forward", "implementation": "undivided"}
+    record |= {"status": "timed", "tflops": 123.4}
     outcomes = [
         lane.Outcome("tests/test_x.py", "passed", 1.0, "3 passed", []),
         lane.Outcome("sweep/hd128", "timed out", 1.0, "noise", [record]),
     ]
-    document = json.loads(gpu.write(outcomes, True, gpu.environment(), tmp_path).read_text())
+    path = gpu.write(outcomes, True, gpu.environment(), tmp_path)
+    document = json.loads(path.read_text())
     assert {"gpu", "architecture", "torch", "triton", "date"} <= document["environment"].keys()
     assert document["sweep"][0]["records"] == [record]
     assert "123.4" in gpu.table(outcomes)
+    assert [found.tflops for found in results.read(gpu.sweep_beside(path)).records] == [123.4]
 
 
 class TestEvidence:
