@@ -102,7 +102,9 @@ MISBEHAVIOUR: list[tuple[Callable[..., Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("function", "only", "cause"), MISBEHAVIOUR, ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize(
+    ("function", "only", "cause"), MISBEHAVIOUR, ids=[cause for *_, cause in MISBEHAVIOUR]
+)
 def test_misbehaviour_is_a_finding(function: Callable[..., Any], only: str, cause: str) -> None:
     """A crash of the check, or a failure that nobody can tell from another."""
     report = check(target(function, "mine"), device="cpu", only=only)
