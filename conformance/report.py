@@ -91,13 +91,18 @@ def _values(report: Report) -> Section:
             (
                 output,
                 dtype_name(dtype),
-                f"{mark} {worst.constant:.3g}",
+                f"{mark} {_constant(worst.constant)}",
                 f"{worst.allowed:.3g}",
                 rule if worst.yardstick_asked else "not asked",
             )
         )
     columns = ("output", "dtype", "worst C", "allowed C", "within 2× rule (gradients 3×)")
     return Section("Worst errors: |x - x64| <= eta + C·u·cond(x)", "", columns, rows)
+
+
+def _constant(x: float) -> str:
+    """Errors of what must be exact need a C without bound."""
+    return f"{x:.3g}" if x < 1e30 else "inf"
 
 
 def _order(output: str, dtype: object) -> tuple[int, str]:
@@ -118,7 +123,7 @@ def _meaning(report: Report) -> Section:
 
 def _not_asked(report: Report) -> Section:
     rows = sorted(report.skipped.items(), key=lambda item: -item[1])
-    return Section("Not asked, for this is not claimed", "", ("claim", "cases"), rows)
+    return Section("Not asked", "", ("not claimed, or not possible here", "cases"), rows)
 
 
 def _failures(report: Report) -> list[Section]:

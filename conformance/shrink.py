@@ -14,7 +14,7 @@ from .target import Target
 from .verdict import RAISED, Failure, Verdict, given_fields
 
 SHRUNK = 12
-"""How many causes are shrunk; further ones are shown by the first case that failed."""
+"""How many failures are shrunk; further ones are shown by the first case that failed."""
 
 TRIES = 100
 """How many smaller cases are asked for one cause. A step that halves all sizes needs a few dozen."""
@@ -32,13 +32,25 @@ def failures(target: Target, verdicts: Sequence[Verdict], ask: Ask, device: torc
         if not verdict.ok:
             raised = verdict.cause.startswith(RAISED)  # whatever was asked
             groups.setdefault(("" if raised else verdict.check, verdict.cause), []).append(verdict)
-    found = []
-    for index, ((_, cause), group) in enumerate(groups.items()):
-        verdict = smallest(target, group[0], ask) if index < SHRUNK else group[0]
-        names = list(dict.fromkeys(v.case.name for v in group))
-        code = reproduction(target.origin, verdict, device)
-        found.append(Failure(verdict.check, cause, names, verdict.case, verdict.dtype, verdict.detail, code))
+    found: list[Failure] = []
+    for (_, cause), group in groups.items():
+        while group:
+            verdict = smallest(target, group[0], ask) if len(found) < SHRUNK else group[0]
+            needed = _ingredients(verdict.case)
+            alike = [v for v in group if v is group[0] or needed <= _ingredients(v.case)]
+            group = [v for v in group if v not in alike]  # they fail without it, so of something else
+            names = list(dict.fromkeys(v.case.name for v in alike))
+            code = reproduction(target.origin, verdict, device)
+            found.append(
+                Failure(verdict.check, cause, names, verdict.case, verdict.dtype, verdict.detail, code)
+            )
     return found
+
+
+def _ingredients(case: Case) -> set[str]:
+    """What makes a case other than the plain one, but for its sizes."""
+    grouped = {"gqa"} if case.heads_q != case.heads_kv else set()
+    return grouped | given_fields(case).keys() - SIZES
 
 
 def smallest(target: Target, verdict: Verdict, ask: Ask) -> Verdict:
@@ -76,7 +88,8 @@ def _smaller(case: Case) -> Iterator[Case]:
         yield replace(case, head_dim_v=None)
     if case.heads_q != case.heads_kv:
         yield replace(case, heads_q=case.heads_kv)
-    for names in (("seqlen_q", "seqlen_k"), ("heads_q", "heads_kv"), *((name,) for name in SIZES)):
+    alone = [name for name in SIZES if "heads" not in name or case.heads_q != case.heads_kv]
+    for names in (("seqlen_q", "seqlen_k"), ("heads_q", "heads_kv"), *((name,) for name in alone)):
         sizes = {name: getattr(case, name) for name in names}
         if None in sizes.values():
             continue

@@ -322,3 +322,33 @@ def test_our_own_facade_is_a_target() -> None:
     """The function that users call, checked the way they would check theirs."""
     claims = {"causal": True, "gqa": True, "mask": True, "mask_and_causal": True, "window": True}
     check(attention, device="cpu", only="causal", **claims).assert_ok()
+
+
+def of_the_wrong_head_and_place(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """Query heads in the wrong groups, and causal aligned top-left."""
+    k, v = (x.repeat(1, q.shape[1] // k.shape[1], 1, 1) for x in (k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores.masked_fill(~torch.ones(scores.shape[-2:]).tril().bool(), -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def test_two_bugs_of_one_look_are_shown_apart() -> None:
+    """Both leave the budget in every output; a case of the second among those of the first hides it."""
+    mine = target(
+        of_the_wrong_head_and_place,
+        causal=True,
+        gqa=True,
+        scale=False,
+        empty_rows=False,
+        dtypes=(torch.float32,),
+    )
+    found = {
+        frozenset(
+            name
+            for name, there in (("gqa", f.case.heads_q != f.case.heads_kv), ("causal", f.case.causal))
+            if there
+        )
+        for f in check(mine, device="cpu", only="values").failures
+    }
+    assert {frozenset({"gqa"}), frozenset({"causal"})} <= found

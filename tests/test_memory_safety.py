@@ -13,10 +13,9 @@ from undivided.conformance.cases import Case, Extra, Problem
 from undivided.conformance.evaluation import evaluate
 from undivided.conformance.memory import fenced, poisoned_allocations
 from undivided.conformance.oracle import Results
-from undivided.kernels.masks import visible
+from undivided.conformance.safety import hidden_keys
 
 IMPLEMENTATIONS = ["reference", "fallback", "triton"]
-TENSORS = ("q", "k", "v", "dout", "dlse")
 
 CASES = [
     Case("odd", batch=2, seqlen_q=17, seqlen_k=33, head_dim=20, heads_q=2, heads_kv=1),
@@ -34,12 +33,6 @@ def problem(request: pytest.FixtureRequest, device: torch.device) -> Problem:
     return request.param.build(torch.float32, device)
 
 
-def with_tensors(problem: Problem, change: object) -> Problem:
-    """The same problem, with every tensor of it replaced by change(name, tensor)."""
-    options = {n: change(n, x) if isinstance(x, Tensor) else x for n, x in problem.options.items()}
-    return problem._replace(**{n: change(n, getattr(problem, n)) for n in TENSORS}, options=options)
-
-
 def assert_same(a: Results, b: Results) -> None:
     """Bitwise, and finite: two NaN are not the same."""
     for name, x, y in zip(Results._fields, a, b):
@@ -49,7 +42,7 @@ def assert_same(a: Results, b: Results) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_nothing_outside_a_tensor_is_read(impl: str, problem: Problem) -> None:
     """A load past the last row, column or head, or one that ignores a stride."""
-    fence = with_tensors(problem, lambda name, x: fenced(x))
+    fence = problem.mapped(fenced)
     assert_within_a_last_bit(evaluate(ours(impl), fence), evaluate(ours(impl), problem))
 
 
@@ -71,7 +64,7 @@ def test_every_element_is_written(impl: str, problem: Problem) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_inputs_are_not_modified(impl: str, problem: Problem) -> None:
     """q scaled in place, a mask completed in place, dout used as scratch."""
-    before = with_tensors(problem, lambda name, x: x.clone())
+    before = problem.mapped(torch.clone)
     evaluate(ours(impl), problem)
     for a, b in zip(problem, before):
         assert not isinstance(a, Tensor) or torch.equal(a, b)
@@ -87,15 +80,6 @@ HIDDEN = {
     "before every window": Case("window", seqlen_q=4, seqlen_k=40, window=(3, None)),
     "after every window": Case("window", seqlen_q=4, seqlen_k=40, window=(None, 2), top_left=True),
 }
-
-
-def hidden_keys(problem: Problem) -> Tensor:
-    """Keys that no query of the batch entry sees, bool (batch, 1, seqlen_k, 1)."""
-    inputs, spec = problem.prepared()
-    ok = visible(inputs, spec)
-    assert ok is not None
-    batch, heads, seqlen_q, _ = problem.q.shape
-    return ~ok.expand(batch, heads, seqlen_q, -1).flatten(1, 2).any(1)[:, None, :, None]
 
 
 @pytest.mark.parametrize("hiding", HIDDEN)
@@ -158,7 +142,6 @@ def test_lengths_past_the_end_are_clamped(impl: str, device: torch.device) -> No
     """A length that the caller got wrong turning into reads outside k and v."""
     case = Case("lengths", batch=2, key_lengths=(10**6, 33), seqlen_q=5)
     problem, full = (
-        with_tensors(c.build(torch.float32, device), lambda name, x: fenced(x))
-        for c in (case, replace(case, key_lengths=None))
+        c.build(torch.float32, device).mapped(fenced) for c in (case, replace(case, key_lengths=None))
     )
     assert_same(evaluate(ours(impl), problem), evaluate(ours(impl), full))
