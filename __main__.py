@@ -6,14 +6,28 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from . import __version__
+from .extras import missing
+
+
+class Command(NamedTuple):
+    """A module, what it is for, and the optional packages that it cannot do without, with their extra."""
+
+    module: str
+    about: str
+    extra: str = ""
+    needs: tuple[str, ...] = ()
+
 
 COMMANDS = {
-    "bench": (".bench.command", "how fast attention is here, beside every peer"),
-    "check": (".conformance.command", "whether an attention function is right, anybody's"),
-    "demo": (".interop.demo.command", "a real trained model, stock attention against ours"),
-    "explain": (".kernels.explain_command", "which implementation would run, and why"),
+    "bench": Command(
+        ".bench.command", "how fast attention is here, beside every peer", "bench", ("rich", "matplotlib")
+    ),
+    "check": Command(".conformance.command", "whether an attention function is right, anybody's"),
+    "demo": Command(".interop.demo.command", "a real trained model, stock attention against ours"),
+    "explain": Command(".kernels.explain_command", "which implementation would run, and why"),
 }
 
 
@@ -24,12 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"undivided {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     run = None
-    for name, (module, help_text) in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text)
+    for name, command in COMMANDS.items():
+        flags = commands.add_parser(name, help=command.about)
         if arguments[:1] == [name]:
-            asked = importlib.import_module(module, __package__)
-            asked.add_arguments(command)
-            run = asked.main
+            complaint = missing(command.extra, *command.needs)
+            if complaint:
+                print(f"undivided {name}: {complaint}", file=sys.stderr)
+                return 2
+            module = importlib.import_module(command.module, __package__)
+            module.add_arguments(flags)
+            run = module.main
     options = parser.parse_args(arguments)
     assert run is not None, "argparse refuses what is no command"
     return int(run(options))

@@ -19,7 +19,7 @@ DATA = {"py.typed", "kernels/evidence.json", "interop/demo/sample.csv"}
 
 # Who may import from whom; "" is the root: __init__.py and __main__.py.
 FOLDERS = {
-    "": {"kernels", "layers", "interop", "conformance", "bench"},
+    "": {"kernels", "layers", "interop", "conformance", "bench", "extras"},
     "kernels": set(),
     "layers": {"kernels"},
     "interop": {"layers", "kernels", "extras"},
@@ -48,7 +48,6 @@ KERNELS = {
 IMPORT_TRITON = {
     "kernels/triton",
     "bench/static",  # compiles what the former defines
-    "bench/gpu.py",  # reports the version
 }
 
 
