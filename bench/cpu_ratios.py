@@ -20,15 +20,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 
 from ..conformance.cases import Case
+from ..extras import missing
 from ..kernels.functional import attention
 from .environment import environment
 from .memory import STATUS, peak
 from .peers import OURS
-from .report import ratio_table
 from .results import Ratio, Results, Unit, read, write
 from .timing import Run, extra_s, in_turns, speedup, spread
 
@@ -142,6 +141,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the results and the environment here")
     parser.add_argument("--only", default="", help="measure what has this in its name")
     arguments = parser.parse_args()
+    if message := missing("bench", "rich"):
+        parser.error(message)
+    from rich.console import Console
+
+    from .report import ratio_table
+
     torch.manual_seed(0)
     console = Console()
     ratios = []
