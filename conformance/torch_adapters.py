@@ -109,7 +109,12 @@ def flex(device: torch.device) -> Target:
 
 def flex_compiled(device: torch.device) -> Target:
     """`flex_attention` under torch.compile. On a CPU without lse and gradients."""
-    claims = replace(_flex_claims(device), head_dims=(16, 32, 40, 64, 80, 128, 192), lse=device.type != "cpu")
+    claims = replace(
+        _flex_claims(device),
+        dtypes=(*SIXTEEN_BITS, torch.float32),
+        head_dims=(16, 32, 40, 64, 80, 128, 192),
+        lse=device.type != "cpu",
+    )
     compiled = torch.compile(_flex_attention(), dynamic=False)
 
     def attend(problem: Problem) -> tuple[Tensor, Tensor | None]:
