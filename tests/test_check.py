@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -311,7 +312,8 @@ def test_the_pytest_plugin(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(PLUGIN_TEST)
     words = ["-q", "--strict-markers", "-p", "no:cacheprovider", "-k", "values-1x1 or probes or unmarked"]
     command = [sys.executable, "-m", "pytest", *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    unasked = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=unasked)
     assert "test_it.py::test_right" not in done.stdout, done.stdout
     assert "FAILED test_it.py::test_wrong[probes]" in done.stdout, done.stdout
     assert "lse is: not returned" in done.stdout
