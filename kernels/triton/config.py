@@ -109,7 +109,7 @@ _HOPPER: Mapping[Kernel, Mapping[int, TileConfig]] = {
         512: TileConfig(16, 32, 8, 1),
     },
     "dq": {
-        64: TileConfig(128, 64, 4, 2),
+        64: TileConfig(128, 64, 4, 3),
         128: TileConfig(128, 64, 8, 2),
         256: TileConfig(128, 32, 8, 2),
         512: TileConfig(32, 32, 8, 1),
