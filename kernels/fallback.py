@@ -25,7 +25,8 @@ Engine = type[FlashEngine] | type[MatmulEngine]
 def attention_forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """(out, lse) of validated inputs, as `reference.attention` defines them.
 
-    16-bit inputs are computed in float32 and rounded once, except where `FlashEngine.stays_narrow`.
+    16-bit inputs are computed in float32 and rounded once, except where `FlashEngine.stays_narrow`: there
+    P is rounded too, and lse is good for a backward pass only.
     """
     q, v = inputs.q, inputs.v
     engine: Engine = FlashEngine if FlashEngine.takes(inputs, spec) else MatmulEngine
@@ -33,9 +34,13 @@ def attention_forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tens
     if block is not None:
         out, lse = engine.forward(block, spec)
         return _in_layout_of(q, out), lse.contiguous()
+    problems = [*_problems(inputs, spec, engine, poison=(inputs.k, v))]
+    if len(problems) == 1 and [x.rows for x in problems[0].strips] == [slice(0, q.shape[2])]:
+        out, lse = _forward_strip(problems[0], engine, problems[0].strips[0])
+        return _in_layout_of(q, out), lse.contiguous()
     out = like(q, v.shape[3]).zero_()
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=_wide(q))
-    for problem in _problems(inputs, spec, engine, poison=(inputs.k, v)):
+    for problem in problems:
         for strip in problem.strips:
             here = (problem.entries, slice(None), strip.rows)
             out[here], lse[here] = _forward_strip(problem, engine, strip)
@@ -56,6 +61,7 @@ def attention_backward(
     Each block gives its exact share, because lse and out are those of the whole row; the shares are
     summed in float32 or wider and rounded once.
     """
+    spec = spec._replace(want_lse=True)  # nothing is narrow in backward
     q, k, v, bias = inputs[:4]
     engine: Engine = FlashEngine if FlashEngine.takes(inputs, spec) and not needs[3] else MatmulEngine
     block = _whole_block(inputs, spec, engine)
@@ -78,7 +84,7 @@ def attention_backward(
             rows = RowGradients(dout[here], None if dlse is None else dlse[here], out[here], lse[here])
             q_rows, rows = _silence_empty_rows(problem.inputs.q[:, :, strip.rows], rows)
             for part in strip.parts:
-                block = _block(problem, strip.rows, part, q_rows)
+                block = _block(problem, strip, part, q_rows, _wide(q))
                 share = engine.backward(block, rows, spec, needs[3])
                 there = (problem.entries, slice(None), part.cols)
                 if dq is not None:
@@ -105,7 +111,9 @@ def attention_backward(
 class _Problem(NamedTuple):
     """Batch entries with the same number of keys, and the blocks to compute for them.
 
-    seen: (batch, 1, seqlen_k, 1), the keys that some row sees; None if the others need no care.
+    seen: (batch, 1, seqlen_k, 1), the keys that some row sees; None if the others need no care. bands:
+    what the operator adds to the scores of a block where causal and window alone hide keys, by the block's
+    size and place on the diagonal; None for the other engine.
     """
 
     entries: slice
@@ -113,6 +121,7 @@ class _Problem(NamedTuple):
     spec: AttentionSpec
     strips: tuple[Strip, ...]
     seen: Tensor | None
+    bands: dict[tuple[int, int, int], Tensor] | None
 
 
 def _whole_block(inputs: Inputs, spec: AttentionSpec, engine: Engine) -> Block | None:
@@ -134,7 +143,8 @@ def _problems(
         masked = own.mask is not None or own.key_lengths is not None
         strips = plan(spec, seqlen_q, seqlen_k, stop, masked, engine.limits(own, spec))
         seen = _seen(own, spec, strips) if masked and not _harmless(poison) else None
-        yield _Problem(entries, own, spec, strips, seen)
+        is_band = engine is FlashEngine and not masked and own.bias is None
+        yield _Problem(entries, own, spec, strips, seen, {} if is_band else None)
 
 
 def _harmless(tensors: tuple[Tensor, ...]) -> bool:
@@ -170,11 +180,11 @@ def _by_length(inputs: Inputs) -> Iterator[tuple[slice, Inputs, int]]:
 def _forward_strip(problem: _Problem, engine: Engine, strip: Strip) -> tuple[Tensor, Tensor]:
     """(out, lse) of the rows of a strip."""
     q = problem.inputs.q[:, :, strip.rows]
-    if len(strip.parts) == 1 and engine is FlashEngine and engine.stays_narrow(problem.inputs, problem.spec):
-        return engine.forward(_block(problem, strip.rows, strip.parts[0], q, q.dtype), problem.spec)
-    out, lse = engine.forward(_block(problem, strip.rows, strip.parts[0], q), problem.spec)
-    for part in strip.parts[1:]:
-        out, lse = _merge(out, lse, *engine.forward(_block(problem, strip.rows, part, q), problem.spec))
+    first, *others = strip.parts
+    narrow = not others and engine is FlashEngine and engine.stays_narrow(problem.inputs, problem.spec)
+    out, lse = engine.forward(_block(problem, strip, first, q, q.dtype if narrow else _wide(q)), problem.spec)
+    for part in others:
+        out, lse = _merge(out, lse, *engine.forward(_block(problem, strip, part, q, _wide(q)), problem.spec))
     return out, lse
 
 
@@ -185,22 +195,43 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
     return torch.lerp(out_a, out_b, share[..., None]), lse
 
 
-def _block(problem: _Problem, rows: slice, part: Part, q: Tensor, dtype: torch.dtype | None = None) -> Block:
-    """Cut a block out of a problem, in dtype or widened; q holds its rows already."""
+def _block(problem: _Problem, strip: Strip, part: Part, q: Tensor, dtype: torch.dtype) -> Block:
+    """Cut a block out of a problem, in dtype; q holds its rows already."""
     inputs, spec = problem.inputs, problem.spec
-    dtype, cols = dtype or _wide(q), part.cols
+    rows, cols = strip.rows, part.cols
     k, v = (x[:, :, cols].to(dtype) for x in (inputs.k, inputs.v))
     if problem.seen is not None:
         k, v = (torch.where(problem.seen[:, :, cols], x, 0.0) for x in (k, v))
+    bias = None if inputs.bias is None else block_of(inputs.bias, rows, cols)
+    shown = None
+    if part.visible == "some":
+        if problem.bands is None:
+            shown = visible(inputs, spec, rows, cols)
+        else:
+            bias = _band(problem.bands, inputs, spec, rows, cols)
     return Block(
         q.to(dtype),
         k,
         v,
-        visible(inputs, spec, rows, cols) if part.visible == "some" else None,
-        None if inputs.bias is None else block_of(inputs.bias, rows, cols),
+        shown,
+        bias,
         None if spec.dropout_p == 0.0 else _keep(problem, rows, cols),
-        part.visible == "causal",
+        causal=part.visible == "causal",
+        none_empty=problem.bands is not None and len(strip.parts) == 1,
     )
+
+
+def _band(
+    bands: dict[tuple[int, int, int], Tensor], inputs: Inputs, spec: AttentionSpec, rows: slice, cols: slice
+) -> Tensor:
+    """0 where causal and window let a row see a column, -inf elsewhere; blocks that lie alike share one."""
+    place = rows.stop - rows.start, cols.stop - cols.start, rows.start - cols.start
+    if place not in bands:
+        ok = visible(inputs, spec, rows, cols)
+        assert ok is not None
+        zero = inputs.q.new_zeros((), dtype=_wide(inputs.q))
+        bands[place] = torch.where(ok, zero, -torch.inf)[None, None]
+    return bands[place]
 
 
 def _keep(problem: _Problem, rows: slice, cols: slice) -> Tensor:

@@ -1,11 +1,13 @@
 """The two engines of the fallback: each computes one block of attention, forward and backward.
 
 PyTorch's CPU operator is fast and takes plain softmax attention with an additive mask; matmuls take
-everything, on any device. Both compute in float32 or float64, whatever the inputs are stored in.
+everything, on any device. Both compute in float32 or float64, whatever the inputs are stored in, but for
+`FlashEngine.stays_narrow`.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -25,7 +27,7 @@ class Block(NamedTuple):
 
     q: (batch, heads_q, rows, head_dim); k, v: (batch, heads_kv, cols, ...). visible: bool, bias: any
     float, keep (dropout): bool, each broadcasting to (batch, heads_q, rows, cols) or None.
-    causal: row r sees columns 0 ... r.
+    causal: row r sees columns 0 ... r. none_empty: every row is known to see something.
     """
 
     q: Tensor
@@ -35,6 +37,7 @@ class Block(NamedTuple):
     bias: Tensor | None = None
     keep: Tensor | None = None
     causal: bool = False
+    none_empty: bool = False
 
 
 class RowGradients(NamedTuple):
@@ -59,9 +62,10 @@ class BlockGradients(NamedTuple):
 
 
 class FlashEngine:
-    """PyTorch's CPU flash attention, most often in float32.
+    """PyTorch's CPU flash attention.
 
-    In 16 bits it rounds P, sums dk and dv in 16 bits, and its lse was seen to be off by 5e-5.
+    In 16 bits it rounds P, as kernels do, and its lse was seen to be off by 5e-5: forward may use that. Its
+    backward sums dv in 16 bits, a rounding per 256 rows or fewer, which no error budget allows.
     """
 
     @staticmethod
@@ -89,12 +93,16 @@ class FlashEngine:
 
     @staticmethod
     def stays_narrow(inputs: Inputs, spec: AttentionSpec) -> bool:
-        """Whether 16-bit operands are used as they are: few rows, of which only out matters.
+        """Whether forward uses 16-bit operands as they are, where nobody wants lse to its last digit.
 
-        Decoding waits for memory; a conversion of all keys to float32 would take longer than the rest.
+        Few rows wait for memory: converting all keys to float32 would take longer than the rest. Many are
+        worth it where the CPU has matrix instructions for them, and no parts need merging, which would
+        round twice.
         """
         q = inputs.q
-        return not spec.want_lse and q.element_size() == 2 and q.shape[2] <= _FEW_ROWS and inputs.bias is None
+        if spec.want_lse or q.element_size() != 2:
+            return False
+        return q.shape[2] <= _FEW_ROWS or (q.dtype == torch.bfloat16 and multiplies_bf16())
 
     @staticmethod
     def takes(inputs: Inputs, spec: AttentionSpec) -> bool:
@@ -109,14 +117,15 @@ class FlashEngine:
     @staticmethod
     def limits(inputs: Inputs, spec: AttentionSpec) -> Limits:
         q, k = inputs.q, inputs.k
-        few = q.shape[2] <= _FEW_ROWS
-        rows = _MASK_ELEMENTS // (_planes(inputs.mask, inputs.bias) * k.shape[2])
+        narrow = FlashEngine.stays_narrow(inputs, spec)
+        rows = _rows_of_mask(inputs, spec)
         rows = max(32, rows if spec.left is None else min(rows, 128))
         cols = k.shape[2]
-        if few and q.element_size() == 2 and not FlashEngine.stays_narrow(inputs, spec):
+        if q.shape[2] <= _FEW_ROWS and q.element_size() == 2 and not narrow:
             # few rows wait for the conversion of keys to float32: do it in slices that stay in the cache
             cols = max(64, _CONVERTED_ELEMENTS // (k.shape[0] * k.shape[1] * k.shape[3]))
-        return Limits(rows, cols, whole=inputs.bias is None and not _stacks(q, k))
+        one_part = not narrow or spec.right is None
+        return Limits(rows, cols, whole=inputs.bias is None and not _stacks(q, k) and one_part)
 
     @staticmethod
     def forward(block: Block, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -137,7 +146,7 @@ class FlashEngine:
             out, lse = _ungroup(out, block.q), lse.reshape(block.q.shape[:3])
         if block.v.shape[3] != width:
             out = out[..., : block.v.shape[3]]
-        return (out, lse) if added is None else _mark_empty(out, lse, added)
+        return (out, lse) if added is None or block.none_empty else _mark_empty(out, lse, added)
 
     @staticmethod
     def backward(block: Block, rows: RowGradients, spec: AttentionSpec, dscores: bool) -> BlockGradients:
@@ -214,6 +223,12 @@ _FEW_COLS = 1024
 _CONVERTED_ELEMENTS = 2**18
 
 
+@functools.cache
+def multiplies_bf16() -> bool:
+    """Whether this CPU has tiles to multiply bf16 in (AMX): three times as fast as float32."""
+    return torch.cpu._is_amx_tile_supported()
+
+
 def _stacks(q: Tensor, k: Tensor) -> bool:
     """Whether the heads of a group are worth stacking into rows."""
     return q.shape[1] != k.shape[1] and q.shape[2] <= _FEW_ROWS
@@ -224,9 +239,16 @@ def _last_row_only(q: Tensor, spec: AttentionSpec) -> bool:
     return q.shape[2] == 1 and not spec.top_left
 
 
-def _planes(*tensors: Tensor | None) -> int:
-    """How many different (batch, head) planes an element mask made of these has."""
-    return max((x.shape[0] * x.shape[1] for x in tensors if x is not None), default=1)
+def _rows_of_mask(inputs: Inputs, spec: AttentionSpec) -> int:
+    """How many query rows an element mask may have, so that it is not larger than a block should be."""
+    q, mask, bias = inputs.q, inputs.mask, inputs.bias
+    given = [x for x in (mask, bias) if x is not None]
+    is_row = all(x.shape[2] == 1 for x in given)
+    is_there = mask is None and bias is not None and bias.dtype == q.dtype and bias.stride(3) == 1
+    if spec.left is None and spec.right is None and (is_row or is_there):
+        return q.shape[2]
+    planes = max((x.shape[0] * x.shape[1] for x in given), default=1)
+    return _MASK_ELEMENTS // (planes * inputs.k.shape[2])
 
 
 def _operand(x: Tensor, width: int) -> Tensor:
@@ -239,10 +261,13 @@ def _operand(x: Tensor, width: int) -> Tensor:
 
 
 def _added(block: Block) -> Tensor | None:
-    """What the operator adds to the scores: the bias, -inf where hidden."""
-    bias = None if block.bias is None else block.bias.to(block.q.dtype)
+    """What the operator adds to the scores, in float32 or wider: the bias, -inf where hidden."""
+    dtype = torch.float32 if block.q.element_size() == 2 else block.q.dtype
+    bias = block.bias
+    if bias is not None and (block.visible is not None or bias.dtype != block.q.dtype):
+        bias = bias.to(dtype)
     if block.visible is not None:
-        shown = block.q.new_zeros(()) if bias is None else bias
+        shown = block.q.new_zeros((), dtype=dtype) if bias is None else bias
         return torch.where(block.visible[(None,) * (4 - block.visible.ndim)], shown, -torch.inf)
     return bias if bias is None or bias.stride(3) == 1 else bias.contiguous()
 

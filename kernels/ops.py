@@ -56,7 +56,7 @@ def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, T
         function = _Attention
     if function is None:
         return operator(*inputs, *spec, impl)
-    return function.apply(*inputs, spec._replace(want_lse=True), impl)
+    return function.apply(*inputs, spec, impl)
 
 
 def _somebody_listens(inputs: Inputs) -> bool:

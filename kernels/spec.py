@@ -75,7 +75,7 @@ class AttentionSpec(NamedTuple):
 
     A query at position p sees keys p - left ... p + right, both ends included; None = unbounded.
     The position of query i is i + (seqlen_k - seqlen_q), or i with `top_left`. Without `want_lse` nobody
-    will read lse, so an implementation may leave it rough; backward reads it.
+    but a backward pass will read lse: 16-bit inputs may then leave it with errors far below their own.
     """
 
     scale: float
