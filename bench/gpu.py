@@ -1,6 +1,6 @@
-"""What to do when a GPU is at hand: the tests natively, the sweep, the tiles, then one file of results.
+"""What to do when a GPU is at hand: tests and conformance natively, the sweep, launch modes, tiles; one file.
 
-Once every file of tests has passed, kernels/evidence.json says so.
+Once every file of tests has passed, or every question of conformance, kernels/evidence.json says so.
 `bench/gpu.sh` calls this. Exit status 0: all done, all passed; 1: all done, something failed; 75: not
 everything fitted into the time, call again.
 """
@@ -26,22 +26,26 @@ from .environment import ROOT, environment
 from .results import Results, record_of
 
 RESULTS = ROOT / "bench" / "results"
-TEST_SECONDS, CASE_SECONDS, TUNE_SECONDS = 240.0, 150.0, 400.0
+WORK = ROOT / "build" / "gpu"
+TEST_SECONDS, CHECK_SECONDS, CASE_SECONDS, TUNE_SECONDS = 240.0, 400.0, 150.0, 400.0
+CHECKED = ("float16", "bfloat16", "float32")  # a task for each: together they would take too long for one
 NO_TESTS_LEFT = 5  # pytest's exit status when every test of a file was deselected
 CALL_AGAIN = os.EX_TEMPFAIL
 # Where a call is short, how it is launched decides.
 MODES = (
     *("--shape", "llama-3.1-8b", "llama-3.1-8b-decode", "vit-l-16"),
+    *("--direction", "forward", "backward", "both"),
     *("--peers", "undivided", "undivided-compiled", "undivided-graph"),
 )
-PARTS = ("tests", "sweep", "tune")
+CORRECTNESS = ("tests/", "check/")
+PARTS = ("tests", "check", "sweep", "tune")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do as much as fits into the minutes given; what an earlier call did is not done again."""
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="stop before (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu", help="where the journal lies")
+    parser.add_argument("--work", type=Path, default=WORK, help="where the journal lies")
     parser.add_argument("--only", choices=PARTS, help="leave out the others")
     parser.add_argument("--fresh", action="store_true", help="forget what was done")
     options = parser.parse_args(arguments)
@@ -55,12 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     journal = options.work / f"journal-{where['architecture']}-triton-{where['triton']}.jsonl"
     if options.fresh:
         journal.unlink(missing_ok=True)
-    complete = lane.run(tasks(options.only), journal, options.minutes * 60)
+    try:
+        complete = lane.run(tasks(options.only, options.work), journal, options.minutes * 60)
+    except ValueError as error:
+        parser.error(f"--minutes {options.minutes:g} is too short: {error}")
     outcomes = lane.journal_of(journal)
     path = write(outcomes, complete, where, RESULTS)
     known = evidence.record(findings(outcomes, where, f"bench/results/{path.name}"))
     if os.environ.get("OUT"):
-        for file in (path, sweep_beside(path), journal, known):
+        for file in (path, sweep_beside(path), journal, known, *options.work.glob("check-*")):
             shutil.copy(file, os.environ["OUT"])
     print(table(outcomes))
     failed = [outcome for outcome in outcomes if outcome.status != "passed"]
@@ -70,13 +77,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return CALL_AGAIN if not complete else 1 if failed else 0
 
 
-def tasks(only: str | None = None) -> Iterator[lane.Task]:
-    """Each file of tests, then each shape, then the search for tiles, in a process of its own."""
+def tasks(only: str | None = None, work: Path = WORK) -> Iterator[lane.Task]:
+    """Files of tests, questions of conformance, shapes, launch modes, tiles, each in a process of its own."""
     bench = [sys.executable, "-m", "undivided", "bench", "--lines"]
     if only in (None, "tests"):
         for file in sorted(ROOT.glob("tests/test_*.py")):
             command = [sys.executable, "-m", "pytest", "-q", "-m", "not full and not compile", str(file)]
             yield lane.Task(f"tests/{file.name}", command, TEST_SECONDS, (0, NO_TESTS_LEFT))
+    if only in (None, "check"):
+        check = [sys.executable, "-m", "undivided", "check", "--impl", "triton", "--level", "full"]
+        for dtype in CHECKED:
+            report = (
+                "--json",
+                str(work / f"check-{dtype}.json"),
+                "--html",
+                str(work / f"check-{dtype}.html"),
+            )
+            command = [*check, "--device", "cuda", "--dtype", dtype, *report]
+            yield lane.Task(f"check/{dtype}", command, CHECK_SECONDS)
     if only in (None, "sweep"):
         for name in shapes.SHAPES:
             yield lane.Task(f"sweep/{name}", [*bench, "--shape", name], CASE_SECONDS)
@@ -113,10 +131,17 @@ def sweep_beside(path: Path) -> Path:
 def findings(
     outcomes: Sequence[lane.Outcome], where: Mapping[str, Any], source: str
 ) -> list[evidence.Evidence]:
-    """That every implementation ran natively on this kind of GPU: once every file of tests has passed."""
+    """Which implementations ran natively on this kind of GPU.
+
+    All, once every file of tests has passed; the kernels, too, once every question of conformance has. A
+    failure in either leaves them without.
+    """
     passed = {outcome.name for outcome in outcomes if outcome.status == "passed"}
-    if not passed.issuperset(task.name for task in tasks("tests")):
-        return []
+    is_checked, is_tested = (
+        passed.issuperset(task.name for task in tasks(part)) for part in ("check", "tests")
+    )
+    wrong = any(outcome.status == "failed" and outcome.name.startswith(CORRECTNESS) for outcome in outcomes)
+    shown = [*(IMPLEMENTATIONS if is_tested else ()), *(("triton",) if is_checked else ())]
     return [
         evidence.Evidence(
             implementation,
@@ -125,7 +150,8 @@ def findings(
             "run natively",
             source,
         )
-        for implementation in IMPLEMENTATIONS
+        for implementation in dict.fromkeys(shown)
+        if not (implementation == "triton" and wrong)
     ]
 
 

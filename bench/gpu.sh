@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests and benchmarks on a GPU, for machines that are there for minutes: does what fits into the time
+# Tests, conformance and benchmarks on a GPU, for machines that are there for minutes: does what fits into the time
 # given, and goes on at the next call. See bench/gpu.py for options (--minutes, --only, --fresh) and exit status.
 #
 #   bench/gpu.sh --minutes 9

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from undivided.bench import command, gpu, lane, results, shapes
+from undivided.bench import command, gpu, lane, results, roofs, shapes
+from undivided.conformance import command as check_command
 from undivided.kernels import evidence
 
 CPU = torch.device("cpu")
@@ -62,7 +63,33 @@ def test_tasks_cover_every_file_of_tests_and_every_case() -> None:
     assert f"tests/{Path(__file__).name}" in names
     swept = {name.removeprefix("sweep/") for name in names if name.startswith("sweep/")}
     assert swept == {*shapes.SHAPES, "modes"}
+    assert {name for name in names if name.startswith("check/")} == {f"check/{x}" for x in gpu.CHECKED}
     assert len(names) == len(set(names))
+
+
+def test_conformance_is_asked_of_the_kernels_in_full(tmp_path: Path) -> None:
+    """Of the fallback, at the level quick or without a dtype of theirs, it would show less than it says."""
+    parser = argparse.ArgumentParser()
+    check_command.add_arguments(parser)
+    asked = set()
+    for task in gpu.tasks("check", tmp_path):
+        assert task.command[1:4] == ["-m", "undivided", "check"]
+        options = parser.parse_args(task.command[4:])
+        assert (options.impl, options.level, options.device, options.only) == ("triton", "full", "cuda", "")
+        assert options.json.parent == options.html.parent == tmp_path
+        asked |= {check_command.NAMES[dtype] for dtype in options.dtype}
+    assert asked == {torch.float16, torch.bfloat16, torch.float32}
+
+
+def test_launch_modes_are_measured_in_every_direction() -> None:
+    """Compiled and in CUDA graphs, forward, backward and both, where calls are short."""
+    (modes,) = (task for task in gpu.tasks("sweep") if task.name == "sweep/modes")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    options = parser.parse_args(modes.command[4:])
+    assert options.peers == ["undivided", "undivided-compiled", "undivided-graph"]
+    assert set(options.direction) == set(roofs.DIRECTIONS)
+    assert any(shapes.SHAPES[name].decode for name in options.shape)
 
 
 @pytest.mark.parametrize("part", ["sweep", "tune"])
@@ -137,6 +164,24 @@ class TestEvidence:
         self.failing = {f"sweep/{next(iter(shapes.SHAPES))}"}
         assert self.go() == 1
         assert evidence.state_of("triton", "sm_95", "9.9.0") == "run natively"
+
+    def test_conformance_is_evidence_for_the_kernels_alone(self) -> None:
+        assert self.go("--only", "check") == 0
+        assert [(x.implementation, x.architecture, x.state) for x in evidence.records()] == [
+            ("triton", "sm_95", "run natively")
+        ]
+
+    @pytest.mark.parametrize("failing", ["check/float16", "tests/test_triton_forward.py"])
+    def test_what_is_wrong_somewhere_has_no_evidence(self, failing: str) -> None:
+        """The other half's passing must not outweigh it."""
+        self.failing = {failing}
+        assert self.go() == 1
+        assert evidence.state_of("triton", "sm_95", "9.9.0") == evidence.NO_EVIDENCE
+
+    def test_a_time_too_short_for_any_task_is_said(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            self.go("--minutes", "1")
+        assert "--minutes 1 is too short" in capsys.readouterr().err
 
     @pytest.mark.parametrize("arguments", [(), ("--only", "sweep")])
     def test_anything_less_is_not(self, arguments: tuple[str, ...]) -> None:
