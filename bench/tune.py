@@ -20,6 +20,7 @@ from rich.table import Table
 
 from ..conformance.cases import Case
 from ..kernels.evidence import architecture as architecture_of
+from .static.model import RATES, Issued, bound, work
 from .timing import Run, in_turns, spread
 
 KERNELS = ("forward", "dkdv", "dq")
@@ -29,21 +30,18 @@ CASE = Case("timed", batch=2, heads_q=16, heads_kv=16, seqlen_q=4096, seqlen_k=4
 SHAPES_ONLY = Case("compiled", seqlen_q=2048, seqlen_k=2048)
 RANKED_BY_MODEL = "Ranked by a model of compiler output, not by a GPU: none of these was timed."
 
-# Per multiprocessor and clock (CUDA C++ Programming Guide, throughput of native arithmetic instructions; L2:
-# 80 % of nominal). Other architectures have matrix instructions whose size the disassembly does not tell.
-FLOPS_PER_CLOCK = {"sm_80": 2048, "sm_90": 4096}
-THREAD_INSTRUCTIONS_PER_CLOCK = 128
-L2_BYTES_PER_CLOCK = {"sm_80": 38, "sm_90": 32}
+FLOPS_PER_CLOCK = {name: rates.tensor for name, rates in RATES.items()}  # where the model is known
 REGISTERS = 255  # of a thread
 COLUMNS = ("architecture", "kernel", "row", "registers", "shared KiB", "CTAs/SM", "slots", "clocks", "ms")
+UNKNOWN = Issued(slots=0.0)
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A row that the table could have, for bf16, causal or not, and what is known of it.
 
-    slots: instructions other than matrix ones per score and thread. clocks: per score and multiprocessor,
-    by the model. ms: by a GPU.
+    issued: what the compiler made of a score. clocks: per score and multiprocessor, by the model. ms: by
+    a GPU.
     """
 
     architecture: str
@@ -54,7 +52,7 @@ class Candidate:
     spills_in_loops: int = 0
     shared: int = 0
     ctas_per_sm: int = 0
-    slots: float = 0.0
+    issued: Issued = UNKNOWN
     clocks: float = float("inf")
     ms: float | None = None
 
@@ -107,45 +105,39 @@ def may_fit(head_dim: int, tile: tuple[int, int, int, int]) -> bool:
 def compiled(candidate: Candidate) -> Candidate:
     """What the compiler makes of it; clocks stay infinite if it does not compile, fit, or spills."""
     from .static.absent_gpu import absent_gpu
-    from .static.report import PRODUCTS, figures
+    from .static.report import figures
     from .static.targets import TARGETS
 
     target = TARGETS[candidate.architecture]
     with absent_gpu(target) as launches:
         try:
             _call(candidate, torch.device("meta"))()
-            measured = figures(launches[-1].kernel, target, PRODUCTS[candidate.kernel], candidate.head_dim)
+            measured = figures(launches[-1].kernel, target)
         except Exception:  # whatever the compiler raises: a tile that it refuses is no candidate
             return candidate
-    loop = measured.main_loop
-    if loop is None or loop.slots is None or not measured.ctas_per_sm:
+    issued = None if measured.main_loop is None else measured.main_loop.issued
+    if issued is None or not measured.ctas_per_sm:
         return candidate
     known = replace(
         candidate,
         registers=measured.registers,
-        spills_in_loops=measured.spills_in_loops,
+        spills_in_loops=measured.spills_in_loops or 0,
         shared=measured.shared,
         ctas_per_sm=measured.ctas_per_sm,
-        slots=loop.slots,
+        issued=issued,
     )
     if measured.spills_in_loops or measured.shared > target.shared_per_cta:
         return known
-    return replace(known, clocks=clocks_per_score(known, PRODUCTS[candidate.kernel]))
+    return replace(known, clocks=clocks_per_score(known))
 
 
-def clocks_per_score(candidate: Candidate, products: int) -> float:
-    """A model: what overlaps is the longest of its parts, what does not is their sum.
-
-    Loads overlap with computing from two stages on. Matrix products and other instructions overlap as far as
-    there are CTAs to do both: warps of one wait for each other and do the same thing at the same time.
-    """
+def clocks_per_score(candidate: Candidate) -> float:
+    """By the model that `undivided inspect` shows."""
     block_q, block_k, _, num_stages = candidate.tile
-    reused = block_k if candidate.kernel == "dkdv" else block_q  # rows that a loaded tile meets
-    matrix = 2 * products * candidate.head_dim / FLOPS_PER_CLOCK[candidate.architecture]
-    other = candidate.slots / THREAD_INSTRUCTIONS_PER_CLOCK
-    loading = 2 * 2 * candidate.head_dim / reused / L2_BYTES_PER_CLOCK[candidate.architecture]
-    computing = max(matrix, other) + min(matrix, other) / candidate.ctas_per_sm
-    return computing + loading if num_stages == 1 else max(computing, loading)
+    asked = work(candidate.kernel, candidate.head_dim, candidate.head_dim, (block_q, block_k))
+    assert asked is not None, "every kernel with a tile to search walks over scores"
+    found = bound(candidate.architecture, asked, candidate.issued, candidate.ctas_per_sm, num_stages)
+    return float("inf") if found is None else found.clocks
 
 
 def timed(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -178,12 +170,11 @@ def _call(candidate: Candidate, device: torch.device) -> Run:
 
 def table(candidates: Sequence[Candidate]) -> Table:
     """Rows as config.py has them, with what speaks for them."""
-    made = Table(
-        "architecture", "kernel", "row", "registers", "shared KiB", "CTAs/SM", "slots", "clocks", "ms"
-    )
+    made = Table(*COLUMNS)
     for x in candidates:
         made.add_row(
             *(x.architecture, x.kernel, x.row, str(x.registers), f"{x.shared / 1024:.0f}"),
-            *(str(x.ctas_per_sm), f"{x.slots:.1f}", f"{x.clocks:.3f}", "" if x.ms is None else f"{x.ms:.3f}"),
+            *(str(x.ctas_per_sm), f"{x.issued.slots:.1f}", f"{x.clocks:.3f}"),
+            "" if x.ms is None else f"{x.ms:.3f}",
         )
     return made

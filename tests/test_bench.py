@@ -25,6 +25,7 @@ from torch import Tensor
 from undivided import attention
 from undivided.bench import command, measure, memory, peers, report, results, roofs, shapes, timing, tune
 from undivided.bench.results import Peak, Ratio, Record, Results
+from undivided.bench.static.model import Issued
 from undivided.conformance.cases import Case, Extra, Problem
 
 CPU = torch.device("cpu")
@@ -491,18 +492,19 @@ def test_wrong_words_are_refused_by_the_parser(arguments: list[str]) -> None:
 
 
 def candidate(**fields: Any) -> tune.Candidate:
-    given = {"tile": (128, 128, 8, 2), "ctas_per_sm": 1, "slots": 8.0, **fields}
+    given = {"tile": (128, 128, 8, 2), "ctas_per_sm": 1, "issued": Issued(8.0), **fields}
     return tune.Candidate("sm_90", "forward", 128, **given)
 
 
 def test_the_model_of_tiles_knows_what_hides_what() -> None:
     """Two CTAs overlap; fewer instructions are better; short tiles wait for the L2 cache."""
-    alone = tune.clocks_per_score(candidate(), products=2)
-    assert tune.clocks_per_score(candidate(ctas_per_sm=2), 2) < alone
-    assert tune.clocks_per_score(candidate(slots=6.0), 2) < alone
+    alone = tune.clocks_per_score(candidate())
+    assert tune.clocks_per_score(candidate(ctas_per_sm=2)) < alone
+    assert tune.clocks_per_score(candidate(issued=Issued(6.0))) < alone
+    assert tune.clocks_per_score(candidate(issued=Issued(8.0, mufu=2.0))) > alone, "16 exponentials a clock"
     assert alone == pytest.approx(2 * 2 * 128 / 4096 + 8 / 128), "a CTA alone takes the sum"
-    assert tune.clocks_per_score(candidate(tile=(128, 128, 8, 1)), 2) > alone, "nothing hides the loads"
-    assert tune.clocks_per_score(candidate(tile=(16, 128, 4, 2), ctas_per_sm=4), 2) == 4 * 128 / 16 / 32
+    assert tune.clocks_per_score(candidate(tile=(128, 128, 8, 1))) > alone, "nothing hides the loads"
+    assert tune.clocks_per_score(candidate(tile=(16, 128, 4, 2), ctas_per_sm=4)) == 4 * 128 / 16 / 32
 
 
 def test_tiles_that_cannot_fit_are_not_compiled() -> None:

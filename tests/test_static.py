@@ -18,10 +18,11 @@ import triton.language as tl  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from undivided.bench.static import __main__ as lane  # noqa: E402
-from undivided.bench.static import gates, report, sass  # noqa: E402
+from undivided.bench.static import document, gates, report, sass  # noqa: E402
 from undivided.bench.static.absent_gpu import absent_gpu  # noqa: E402
 from undivided.bench.static.instructions import classify, product_of  # noqa: E402
 from undivided.bench.static.loops import hot_loops  # noqa: E402
+from undivided.bench.static.model import Work  # noqa: E402
 from undivided.bench.static.targets import TARGETS  # noqa: E402
 
 LISTING = """
@@ -76,7 +77,7 @@ def test_flops_of_a_matrix_instruction(op: str, flops: float | None) -> None:
 
 def test_classes() -> None:
     """LDL and STL are the spills; an EX2 is not any MUFU."""
-    ops = {"LDL.LU": "spill", "STL": "spill", "MUFU.EX2": "exp2", "MUFU.RCP": "other", "FFMA": "ffma"}
+    ops = {"LDL.LU": "spill", "STL": "spill", "MUFU.EX2": "exp2", "MUFU.RCP": "mufu", "FFMA": "ffma"}
     assert {op: classify(sass.Instruction("", op, "")) for op in ops} == ops
 
 
@@ -102,12 +103,7 @@ def compiled(architecture: str, **options: Any) -> report.Figures:
     command = [sys.executable, __file__, architecture, json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
-    loop = figures["main_loop"]
-    return report.Figures(
-        **figures
-        | {"matrix": tuple(figures["matrix"]), "main_loop": None if loop is None else report.Loop(**loop)}
-    )
+    return document.figures_of(json.loads(done.stdout))
 
 
 def compile_here(architecture: str, options: dict[str, Any]) -> report.Figures:
@@ -117,7 +113,7 @@ def compile_here(architecture: str, options: dict[str, Any]) -> report.Figures:
     )
     with absent_gpu(TARGETS[architecture]) as launches:
         product_loop[(1,)](a, b, out, 7, SIZE=size, num_warps=4, **options)
-    return report.figures(launches[0].kernel, TARGETS[architecture], products=1, head_dim=size)
+    return report.figures(launches[0].kernel, TARGETS[architecture], Work(flops=2 * size, l2_bytes=0))
 
 
 @pytest.fixture(params=["sm_80", "sm_90"])
@@ -131,19 +127,19 @@ def test_figures_of_a_small_kernel(architecture: str) -> None:
     loop = figures.main_loop
     assert loop is not None
     assert loop.matrix_flops * 4 == 2 * 64**3
-    assert loop.exp2 * 32 * 4 == 64 * 64
+    assert loop.count("exp2") * 32 * 4 == 64 * 64
     assert figures.matrix == (TARGETS[architecture].matrix_instruction,)
     assert (figures.spills, figures.spills_in_loops) == (0, 0)
     assert figures.ctas_per_sm is not None
     assert figures.ctas_per_sm > 1
-    assert loop.slots == 32 * (loop.instructions - loop.matrix) / (64 * 64 / 4)
+    assert loop.slots == 32 * (loop.instructions - loop.count("matrix")) / (64 * 64 / 4)
 
 
 def test_spills_are_found_in_the_loop(architecture: str) -> None:
     """Too few registers for the accumulators: the compiler has to spill, and we must see where."""
     figures = compiled(architecture, maxnreg=64)
     assert figures.registers <= 64
-    assert figures.spills_in_loops > 0
+    assert figures.spills_in_loops
 
 
 def test_amd_figures_come_from_the_assembly() -> None:
@@ -153,7 +149,9 @@ def test_amd_figures_come_from_the_assembly() -> None:
 
 
 VARIANT = report.Variant(128, "bfloat16", "plain")
+MIX = {"matrix": 16, "exp2": 66, "ffma": 66, "other": 352}
 GOOD = report.Figures(
+    tile=(128, 128),
     registers=200,
     spills=0,
     spills_in_loops=0,
@@ -162,14 +160,15 @@ GOOD = report.Figures(
     num_stages=2,
     ctas_per_sm=1,
     matrix=("HGMMA",),
-    main_loop=report.Loop(500, 16, exp2=66, ffma=66, spills=0, matrix_flops=2**20, slots=8.0),
+    main_loop=report.Loop(500, MIX, 2**20, slots=8.0, shared_bytes=0.0, exp2_under_product=0),
+    work=None,
 )
 
 
 def missed(**changes: Any) -> list[str]:
     assert GOOD.main_loop is not None
     loop = dataclasses.replace(
-        GOOD.main_loop, **{name: changes.pop(name) for name in ("slots", "ffma") if name in changes}
+        GOOD.main_loop, **{name: changes.pop(name) for name in ("slots", "mix") if name in changes}
     )
     figures = dataclasses.replace(GOOD, main_loop=loop, **changes)
     return list(gates.failures(report.Row("sm_90", "forward", VARIANT, figures, triton="3.6.0")))
@@ -184,7 +183,7 @@ def missed(**changes: Any) -> list[str]:
         ({"matrix": ("HMMA",)}, "HGMMA"),
         ({"matrix": ("HGMMA", "HMMA")}, "HGMMA"),
         ({"slots": 30.0}, "30.00 slots"),
-        ({"ffma": 2}, "2 FFMA"),
+        ({"mix": MIX | {"ffma": 2, "fmul": 64}}, "2 FFMA"),
     ],
 )
 def test_gates_catch_planted_faults(fault: dict[str, Any], word: str) -> None:

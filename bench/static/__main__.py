@@ -6,27 +6,32 @@ Exit status 1 if a kernel misses a gate.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import dataclasses
-import json
-import multiprocessing
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import triton
+from triton import knobs
 
 from ...kernels import evidence
+from . import document
 from .gates import failures
+from .processes import in_processes
 from .report import Row, Variant
+from .tables import described, show
 from .targets import TARGETS
 from .variants import compile_variant, full, sample
 
-COLUMNS = (
-    *("architecture", "kernel", "variant", "regs", "spills (loops)", "shared KiB", "warps x stages"),
-    *("CTAs/SM", "matrix", "slots", "exp2", "ffma", "gates"),
+FIGURES = (
+    *(
+        "registers",
+        "spills (in loops)",
+        "shared KiB",
+        "warps x stages",
+        "CTAs/SM",
+        "matrix",
+        "slots per score",
+    ),
+    *("loop: exp2", "loop: ffma"),
 )
 
 
@@ -43,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", action="store_true", help="note in evidence.json what compiled (--full)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels do not compile")
     if options.record and (not options.full or options.options or options.head_dim):
         parser.error("--record speaks of whole architectures: --full, without --options and --head-dim")
@@ -57,15 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     rows = compile_all(cases, options.jobs)
     misses = [list(failures(row)) for row in rows]
-    show([(*_cells(row), "; ".join(missed) or "pass") for row, missed in zip(rows, misses)])
+    lines = []
+    for row, missed in zip(rows, misses):
+        known = described(row)
+        cells = [known[name] for name in FIGURES]
+        lines.append([row.architecture, row.kernel, str(row.variant), *cells, "; ".join(missed) or "pass"])
+    show(
+        ("architecture", "kernel", "variant", *FIGURES, "gates"),
+        lines,
+        style=lambda line: None if line[-1] == "pass" else "bold red",
+    )
     missed_rows = sum(map(bool, misses))
     print(f"triton {triton.__version__}: {len(rows)} kernels, {missed_rows} miss a gate")
     if options.json:
-        document = {
-            "triton": triton.__version__,
-            "kernels": [dataclasses.asdict(row) | {"missed": m} for row, m in zip(rows, misses)],
-        }
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        options.json.write_text(document.written(rows, missed=misses))
     if options.record:
         record(rows)
     return 1 if missed_rows or not rows else 0
@@ -73,17 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compile_all(cases: Sequence[tuple[str, Variant]], jobs: int) -> list[Row]:
     """Compile every case, in as many processes as asked; says on stderr how far it is."""
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
-        pending = {pool.submit(compile_variant, *case): case for case in cases}
-        for done, future in enumerate(concurrent.futures.as_completed(pending), 1):
-            architecture, variant = pending[future]
-            made = future.result()
-            print(f"[{done}/{len(cases)}] {architecture} {variant}: {len(made)} kernels", file=sys.stderr)
-            for row in made:
-                for missed in failures(row):
-                    print(f"    {row.kernel}: {missed}", file=sys.stderr)
-    return [row for future in pending for row in future.result()]
+
+    def remarks(row: Row) -> list[str]:
+        return [f"{row.kernel}: {missed}" for missed in failures(row)]
+
+    return in_processes(compile_variant, cases, jobs, remarks)
 
 
 def record(rows: Sequence[Row]) -> None:
@@ -95,40 +99,6 @@ def record(rows: Sequence[Row]) -> None:
         evidence.Evidence("triton", name, triton.__version__, "compiled", source)
         for name in architectures - failed
     )
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    figures = row.figures
-    head = (row.architecture, row.kernel, str(row.variant))
-    if figures is None:
-        return (*head, *[""] * (len(COLUMNS) - len(head) - 1))
-    loop = figures.main_loop
-    return (
-        *head,
-        str(figures.registers),
-        f"{figures.spills} ({figures.spills_in_loops})",
-        f"{figures.shared / 1024:.0f}",
-        f"{figures.num_warps} x {figures.num_stages}",
-        str(figures.ctas_per_sm or ""),
-        " ".join(figures.matrix),
-        f"{loop.slots:.2f}" if loop and loop.slots else "",
-        str(loop.exp2) if loop else "",
-        str(loop.ffma) if loop else "",
-    )
-
-
-def show(lines: Sequence[Sequence[str]]) -> None:
-    """Print a table, with rich where it is installed."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print("\n".join("\t".join(line) for line in (COLUMNS, *lines)))
-        return
-    table: Any = Table(*COLUMNS)
-    for line in lines:
-        table.add_row(*line, style=None if line[-1] == "pass" else "bold red")
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 if __name__ == "__main__":

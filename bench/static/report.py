@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import triton
 
-from .instructions import MATRIX, classify, product_of
+from . import model
+from .in_flight import exp2_under_product
+from .instructions import MATRIX, PIPES, classify, product_of, shared_bytes
 from .loops import hot_loops
+from .model import Bound, Issued, Work
 from .sass import Instruction, disassemble
 from .targets import Target
-
-# Matrix products per score element: q·kᵀ and p·v forward; s, dp, dv, dk; s, dp, dq.
-PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3}
 
 
 @dataclass(frozen=True)
@@ -23,29 +24,48 @@ class Loop:
     """One iteration of a hot loop, as one warp issues it."""
 
     instructions: int
-    matrix: int
-    exp2: int
-    ffma: int
-    spills: int
+    mix: dict[str, int]  # by class, as instructions.CLASSES has them
     matrix_flops: float  # the warp's share
     slots: float | None
     """Instructions other than matrix ones per 32 scores: per score and thread. The least for a
     forward is 4.5 + head_dim / block_k (max, FFMA, exp2, sum, half a conversion, rescaling)."""
+    shared_bytes: float
+    exp2_under_product: int | None  # None where the listing does not tell
+
+    def __post_init__(self) -> None:
+        """A mix that leaves something out, or counts it twice, would lead every figure below astray."""
+        if sum(self.mix.values()) != self.instructions:
+            raise ValueError(f"a mix of {sum(self.mix.values())} out of {self.instructions} instructions")
+
+    def count(self, *classes: str) -> int:
+        """Instructions of these classes."""
+        return sum(self.mix.get(name, 0) for name in classes)
+
+    @property
+    def issued(self) -> Issued | None:
+        """Per score, for the model."""
+        if self.slots is None:
+            return None
+        of_one = self.slots / (self.instructions - self.count("matrix"))
+        pipes = {name: of_one * self.count(*classes) for name, classes in PIPES.items()}
+        return Issued(self.slots, **pipes, shared_bytes=of_one / 32 * self.shared_bytes)
 
 
 @dataclass(frozen=True)
 class Figures:
     """What the compiler made of one kernel for one architecture."""
 
+    tile: tuple[int, int] | None  # block_q, block_k
     registers: int
     spills: int  # instructions that load or store a spilled register
-    spills_in_loops: int
+    spills_in_loops: int | None  # None where loops are not looked into
     shared: int  # bytes per CTA
     num_warps: int
     num_stages: int
     ctas_per_sm: int | None
-    matrix: tuple[str, ...]  # kinds of matrix instruction: HMMA, HGMMA, UTCHMMA, v_mfma
+    matrix: tuple[str, ...]  # kinds of matrix instruction: HGMMA, HMMA, UTCHMMA, v_mfma
     main_loop: Loop | None  # the unmasked one: most matrix work, then fewest other instructions
+    work: Work | None
 
 
 @dataclass(frozen=True)
@@ -54,7 +74,7 @@ class Variant:
 
     head_dim: int
     dtype: str
-    options: str  # a key of variants.OPTIONS
+    options: str  # a key of variants.OPTIONS, or the options of a call by name
 
     def __str__(self) -> str:
         return f"{self.dtype} d{self.head_dim} {self.options}"
@@ -71,45 +91,92 @@ class Row:
     error: str | None = None
     triton: str = triton.__version__
 
+    @property
+    def main_loop(self) -> Loop | None:
+        """Where the time goes, if it is known."""
+        return None if self.figures is None else self.figures.main_loop
 
-def figures(kernel: Any, target: Target, products: int | None = None, head_dim: int | None = None) -> Figures:
-    """Read a CompiledKernel. `products` per score element and `head_dim` turn counts into slots per score."""
+    @property
+    def bound(self) -> Bound | None:
+        """What bounds the main loop, by the model, as far as the figures for it are known."""
+        figures, loop = self.figures, self.main_loop
+        issued = None if loop is None else loop.issued
+        if figures is None or issued is None or figures.work is None or not figures.ctas_per_sm:
+            return None
+        return model.bound(self.architecture, figures.work, issued, figures.ctas_per_sm, figures.num_stages)
+
+
+def figures(kernel: Any, target: Target, work: Work | None = None) -> Figures:
+    """Read a CompiledKernel. Its work turns counts into slots per score; attention's own need not be told."""
+    tile, work = _tile(kernel), work or _work(kernel)
     if target.triton.backend == "hip":
-        return _amd(kernel)
+        return _amd(kernel, tile, work)
     function, registers = disassemble(kernel.asm["cubin"])
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
-    loops = [_loop(path, products, head_dim) for path in hot_loops(function)]
+    loops = [loop_figures(path, work and work.flops) for path in hot_loops(function)]
     return Figures(
+        tile=tile,
         registers=registers,
         spills=sum(classify(ins) == "spill" for ins in function.instructions),
-        spills_in_loops=sum(loop.spills for loop in loops),
+        spills_in_loops=sum(loop.count("spill") for loop in loops),
         shared=shared,
         num_warps=warps,
         num_stages=kernel.metadata.num_stages,
         ctas_per_sm=target.ctas_per_sm(warps, registers, shared),
         matrix=tuple(sorted({ins.base for ins in function.instructions if ins.base in MATRIX})),
         main_loop=min(
-            loops, key=lambda loop: (-loop.matrix_flops, -loop.matrix, loop.instructions), default=None
+            loops,
+            key=lambda loop: (-loop.matrix_flops, -loop.count("matrix"), loop.instructions),
+            default=None,
         ),
+        work=work,
     )
 
 
-def _loop(path: tuple[Instruction, ...], products: int | None, head_dim: int | None) -> Loop:
-    classes = Counter(map(classify, path))
+def loop_figures(path: Sequence[Instruction], flops_per_score: float | None) -> Loop:
+    """One iteration, counted."""
+    mix = dict(Counter(map(classify, path)))
     flops = sum(product.flops_per_warp for ins in path if (product := product_of(ins)))
-    scores = flops / (2 * products * head_dim) if products and head_dim else 0.0
+    scores = flops / flops_per_score if flops_per_score else 0.0
     return Loop(
         instructions=len(path),
-        matrix=classes["matrix"],
-        exp2=classes["exp2"],
-        ffma=classes["ffma"],
-        spills=classes["spill"],
+        mix=mix,
         matrix_flops=flops,
-        slots=32 * (len(path) - classes["matrix"]) / scores if scores else None,
+        slots=32 * (len(path) - mix.get("matrix", 0)) / scores if scores else None,
+        shared_bytes=sum(map(shared_bytes, path)),
+        exp2_under_product=exp2_under_product(path),
     )
 
 
-def _amd(kernel: Any) -> Figures:
+def kernel_name(kernel: Any) -> str:
+    """ "forward", "dkdv", ...; "dk" and "dv" where each has a launch of its own."""
+    name = str(kernel.src.fn.__name__).strip("_").removesuffix("_kernel")
+    constants = _constants(kernel)
+    alone = [half for half, other in (("dk", "dv"), ("dv", "dk")) if constants.get(f"{other}_ptr", 0) is None]
+    return alone[0] if name == "dkdv" and alone else name
+
+
+def _constants(kernel: Any) -> dict[str, Any]:
+    """What the compiler was told, by parameter: sizes of tiles, and None for what a call lacks."""
+    names = kernel.src.fn.arg_names
+    return {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
+
+
+def _tile(kernel: Any) -> tuple[int, int] | None:
+    constants = _constants(kernel)
+    block_q, block_k = constants.get("BLOCK_Q"), constants.get("BLOCK_K")
+    return None if block_q is None or block_k is None else (block_q, block_k)
+
+
+def _work(kernel: Any) -> Work | None:
+    constants, tile = _constants(kernel), _tile(kernel)
+    if tile is None or "HEAD_DIM" not in constants:
+        return None
+    element_size = int(re.sub(r"\D", "", kernel.src.signature["q_ptr"])) // 8  # "*bf16"
+    return model.work(kernel_name(kernel), constants["HEAD_DIM"], constants["HEAD_DIM_V"], tile, element_size)
+
+
+def _amd(kernel: Any, tile: tuple[int, int] | None, work: Work | None) -> Figures:
     """The assembler's own metadata; its loops are not looked into."""
     text = kernel.asm["amdgcn"]
 
@@ -120,13 +187,15 @@ def _amd(kernel: Any) -> Figures:
         return int(found.group(1))
 
     return Figures(
+        tile=tile,
         registers=metadata("vgpr_count"),
         spills=metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
-        spills_in_loops=0,
+        spills_in_loops=None,
         shared=kernel.metadata.shared,
         num_warps=kernel.metadata.num_warps,
         num_stages=kernel.metadata.num_stages,
         ctas_per_sm=None,
         matrix=("v_mfma",) if "v_mfma" in text else (),
         main_loop=None,
+        work=work,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...kernels import spec as contract
 from ...kernels.triton import attention_backward, attention_forward
 from .absent_gpu import absent_gpu
-from .report import PRODUCTS, Row, Variant, figures
+from .report import Row, Variant, figures, kernel_name
 from .targets import TARGETS
 
 BATCH, HEADS_Q, HEADS_KV, SEQLEN = 2, 8, 2, 2048
@@ -69,20 +69,22 @@ def sample() -> list[tuple[str, Variant]]:
 
 def compile_variant(architecture: str, variant: Variant) -> list[Row]:
     """Compile the kernels of a forward and a backward; one row each, and one for an error."""
+    return compiled(architecture, variant, lambda: call(variant))
+
+
+def compiled(architecture: str, variant: Variant, run: Callable[[], object], name: str = "") -> list[Row]:
+    """A row for each kernel that `run` launches, and one, under `name` if there is one, for its error."""
     target = TARGETS[architecture]
-    rows: list[Row] = []
     error = None
     with absent_gpu(target) as launches:
         try:
-            call(variant)
+            run()
         except Exception as reason:  # whatever the compiler raises is what the row reports
             error = _root_cause(reason)
-    for launch in launches:
-        name = launch.function.__name__.strip("_").removesuffix("_kernel")
-        measured = figures(launch.kernel, target, PRODUCTS.get(name), variant.head_dim)
-        rows.append(Row(architecture, name, variant, measured))
+    kernels = [launch.kernel for launch in launches]
+    rows = [Row(architecture, kernel_name(x), variant, figures(x, target)) for x in kernels]
     if error is not None:
-        rows.append(Row(architecture, f"after {len(rows)} kernels", variant, None, error))
+        rows.append(Row(architecture, name or f"after {len(rows)} kernels", variant, None, error))
     return rows
 
 
