@@ -42,7 +42,8 @@ KERNELS = {
     "dispatch": {"ops", "reference", "evidence"},
     "functional": {"dispatch"},
     "explain": {"functional", "dispatch", "evidence", "flops"},
-    "explain_command": {"explain"},
+    "call_flags": set(),
+    "explain_command": {"explain", "call_flags"},
     "triton": {"evidence"},
 }
 IMPORT_TRITON = {
