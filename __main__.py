@@ -28,6 +28,7 @@ COMMANDS = {
     "check": Command(".conformance.command", "whether an attention function is right, anybody's"),
     "demo": Command(".interop.demo.command", "a real trained model, stock attention against ours"),
     "explain": Command(".kernels.explain_command", "which implementation would run, and why"),
+    "inspect": Command(".bench.static.command", "what the compiler makes of the kernels, without a GPU"),
 }
 
 
