@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,20 @@ def test_what_does_not_compile_is_a_failure(
     assert (failed.kernel, failed.error) == ("forward", "RuntimeError: out of registers")
     assert asked(gives=[failed, *rows[1:]]) == 1
     assert "out of registers" in capsys.readouterr().out
+
+
+def test_a_compiler_that_crashes_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LLVM aborts where it could have raised, and takes its process along."""
+
+    def crash(*_: object) -> list[Row]:
+        raise BrokenProcessPool
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(processes, "in_processes", crash)
+    assert main(["inspect"]) == 1
+    assert "the compiler crashed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

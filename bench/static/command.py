@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +62,9 @@ def main(given: argparse.Namespace) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"undivided inspect: {error}", file=sys.stderr)
         return 2
+    except BrokenProcessPool:
+        print("undivided inspect: the compiler crashed; --jobs 1 shows at which kernel", file=sys.stderr)
+        return 1
 
 
 def _inspect(given: argparse.Namespace) -> int:
