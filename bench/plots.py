@@ -14,7 +14,22 @@ Picture = tuple[str, bytes]
 """Name, which is also a file's, and PNG."""
 
 INK, QUIET = "#2b2d42", "#a9b4c2"
-COLOURS = ("#2a6f97", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#9c755f", "#edc948")
+TINY: dict[str, Any] = {"fontsize": 6, "color": "#5c636b", "va": "center"}
+RAISED: dict[str, Any] = {**TINY, "va": "bottom"}
+MARKERS = "os^Dv<>P"
+COLOURS = (
+    "#2a6f97",
+    "#f28e2b",
+    "#59a14f",
+    "#b07aa1",
+    "#e15759",
+    "#76b7b2",
+    "#9c755f",
+    "#edc948",
+    "#2b2d42",
+    "#ff9da7",
+    "#8cd17d",
+)
 SWEPT = re.compile(r"^(.+)-(\d+) (\w+) \d+x\d+$")
 """A case of a sweep: family, sequence length, mask."""
 
@@ -33,45 +48,66 @@ def pictures(results: Results) -> list[Picture]:
 
 def _speeds(records: Sequence[Record]) -> Iterator[Picture]:
     """Per dtype and direction: bars of the share of the nearer roof, grouped by case."""
-    timed = [record for record in records if record.status == "timed"]
+    swept = {record.case for lines in _families(records).values() for record in _flat(lines)}
+    timed = [record for record in records if record.status == "timed" and record.case not in swept]
     names = list(dict.fromkeys(record.implementation for record in timed))
     for kind in dict.fromkeys((record.dtype, record.direction) for record in timed):
-        group = [record for record in timed if (record.dtype, record.direction) == kind]
-        cases = list(dict.fromkeys(record.case for record in group))
-        figure, axes = _figure(8.5, 1.2 + 0.17 * len(cases) * (len(names) + 1.5))
+        group = {
+            (r.case, r.implementation): 100 * max(r.of_matmul or 0.0, r.of_copy or 0.0)
+            for r in timed
+            if (r.dtype, r.direction) == kind
+        }
+        cases = list(dict.fromkeys(case for case, _ in group))
+        figure, axes = _figure(8.5, 1.1 + 0.13 * len(cases) * (len(names) + 1.5))
         height = 0.85 / max(1, len(names))
         for i, name in enumerate(names):
-            mine = [record for record in group if record.implementation == name]
-            places = [cases.index(record.case) + i * height for record in mine]
-            shares = [100 * max(record.of_matmul or 0.0, record.of_copy or 0.0) for record in mine]
-            axes.barh(places, shares, height * 0.92, color=COLOURS[i % len(COLOURS)], label=name)
+            places = [j + i * height for j in range(len(cases))]
+            shares = [group.get((case, name)) for case in cases]
+            axes.barh(places, [x or 0 for x in shares], height * 0.92, color=_colour(i), label=name)
+            for place, share in zip(places, shares):
+                said = "n/a" if share is None else f"{share:.0f}"
+                axes.annotate(said, (share or 0, place), (3, 0), textcoords="offset points", **TINY)
         axes.set_yticks([j + 0.425 - height / 2 for j in range(len(cases))], cases)
-        axes.invert_yaxis()
+        axes.set_ylim(len(cases) - 0.15, -height)
+        axes.axvline(100, color=QUIET, linewidth=1, linestyle=":")
+        axes.set_xlim(0, max(105.0, 1.06 * max(group.values())))
         axes.set_xlabel("% of this machine's measured matmul or copy, the nearer one")
-        axes.legend(fontsize=8, frameon=False, loc="best")
+        figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
         axes.set_title(" ".join(kind), fontsize=10, color=INK, loc="left")
         yield f"speed-{'-'.join(kind)}", _png(figure)
 
 
-def _sweeps(records: Sequence[Record]) -> Iterator[Picture]:
-    """Per family, mask, dtype and direction with three lengths or more: TFLOP/s over sequence length."""
-    families: dict[tuple[str, ...], dict[str, list[tuple[int, float]]]] = {}
+Family = dict[str, list[tuple[int, Record]]]
+"""What each implementation did at each sequence length."""
+
+
+def _families(records: Sequence[Record]) -> dict[tuple[str, ...], Family]:
+    """By family, mask, dtype and direction: those with three lengths or more."""
+    families: dict[tuple[str, ...], Family] = {}
     for record in records:
         swept = SWEPT.match(record.case)
         if swept and record.tflops is not None:
-            key: tuple[str, ...] = (swept[1], swept[3], record.dtype, record.direction)
+            key = (swept[1], swept[3], record.dtype, record.direction)
             line = families.setdefault(key, {}).setdefault(record.implementation, [])
-            line.append((int(swept[2]), record.tflops))
-    for key, lines in families.items():
-        if max(map(len, lines.values())) < 3:
-            continue
+            line.append((int(swept[2]), record))
+    return {key: lines for key, lines in families.items() if max(map(len, lines.values())) >= 3}
+
+
+def _flat(lines: Family) -> list[Record]:
+    return [record for line in lines.values() for _, record in line]
+
+
+def _sweeps(records: Sequence[Record]) -> Iterator[Picture]:
+    """TFLOP/s over sequence length."""
+    for key, lines in _families(records).items():
         figure, axes = _figure(7, 4)
-        for i, (name, points) in enumerate(lines.items()):
-            axes.plot(*zip(*sorted(points)), marker="o", color=COLOURS[i % len(COLOURS)], label=name)
-        _lengths(axes, sorted({length for points in lines.values() for length, _ in points}))
+        for i, (name, line) in enumerate(lines.items()):
+            points = sorted((length, record.tflops) for length, record in line)
+            axes.plot(*zip(*points), marker=MARKERS[i % len(MARKERS)], color=_colour(i), label=name)
+        _lengths(axes, sorted({length for line in lines.values() for length, _ in line}))
         axes.set(xlabel="sequence length", ylabel="TFLOP/s")
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize=8, frameon=False)
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
         axes.set_title(" ".join(key), fontsize=10, color=INK, loc="left")
         yield f"speed-{'-'.join(key)}", _png(figure)
 
@@ -82,16 +118,21 @@ def _ratios(ratios: Sequence[Ratio]) -> bytes:
     figure, axes = _figure(8.5, 0.8 + 0.27 * len(shown))
     for i, ratio in enumerate(shown):
         axes.plot([1, ratio.measured], [i, i], color=QUIET, linewidth=2, zorder=1)
-        axes.scatter(ratio.measured, i, color=COLOURS[0] if ratio.ok else COLOURS[4], zorder=3)
+        colour, marker = (_colour(0), "o") if ratio.ok else (COLOURS[4], "X")
+        axes.scatter(ratio.measured, i, color=colour, marker=marker, zorder=3)
+        place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{ratio.measured:.2f}", (ratio.measured, i), **place, **RAISED)
         if ratio.required is not None:
             axes.scatter(ratio.required, i, marker="|", s=120, color=INK, zorder=2)
     axes.axvline(1, color=QUIET, linewidth=1)
     axes.set_yticks(range(len(shown)), [ratio.name for ratio in shown])
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.4, -0.8)
     axes.set_xscale("log")
+    ends = [x for ratio in shown for x in (ratio.measured, ratio.required or 1.0)]
+    axes.set_xlim(min([0.8, *ends]) / 1.15, max([2.0, *ends]) * 1.15)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:g}"[0] in "25" else "")
-    axes.set_xlabel("times as fast as PyTorch's; | what is required")
+    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+    axes.set_xlabel("times as fast as PyTorch's   (|: required   ✕: missed)")
     return _png(figure)
 
 
@@ -105,7 +146,7 @@ def _memory(peaks: Sequence[Peak]) -> bytes:
             if peak.implementation == name and peak.peak_bytes
         ]
         if points:
-            axes.plot(*zip(*points), marker="o", color=COLOURS[i % len(COLOURS)], label=name)
+            axes.plot(*zip(*points), marker="o", color=_colour(i), label=name)
     _lengths(axes, sorted({peak.seqlen for peak in peaks}))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
@@ -113,6 +154,10 @@ def _memory(peaks: Sequence[Peak]) -> bytes:
     axes.legend(fontsize=8, frameon=False)
     axes.set_title(peaks[0].case, fontsize=10, color=INK, loc="left")
     return _png(figure)
+
+
+def _colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
 
 
 def _lengths(axes: Any, seqlens: Sequence[int]) -> None:

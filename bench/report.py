@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from .plots import Picture, pictures
 from .results import Change, Peak, Ratio, Record, Results
 
 HOW = (
+    "A cell: milliseconds · FLOP/s · share of a roof. "
     "Peers run in turns in one process; shown is the median, and in the JSON the 20th and 80th percentile. "
     "FLOP/s count the scores that are visible (2 products forward, 5 backward); % is of the matrix product "
     "or the copy that this machine was measured to do, whichever is nearer. What is outside the error budget "
@@ -23,7 +25,7 @@ HOW = (
 def table(results: Results) -> Table:
     """A line per case, dtype and direction; a column per implementation that was timed or wrong."""
     columns, rows = grid(results)
-    made = Table(title="milliseconds · FLOP/s · share of this machine's roofs", caption=HOW)
+    made = Table(caption=HOW)
     for column in columns:
         made.add_column(column, justify="left" if column in HEAD else "right")
     for row in rows:
@@ -32,7 +34,7 @@ def table(results: Results) -> Table:
 
 
 HEAD = ("case", "dtype", "direction")
-AGAINST = "ours against the fastest other"
+AGAINST = "against the fastest other"
 
 
 def grid(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -61,12 +63,17 @@ def _cell(record: Record) -> str:
     return f"{record.median_ms:.3g} · {speed} · {share:.0%}{mark}"
 
 
-def _fastest(records: Iterable[Record]) -> str:
-    """Ours against the fastest of the others, as a ratio."""
+def against_fastest(records: Iterable[Record]) -> float | None:
+    """How many times as fast ours is as the fastest of the others."""
     times = {r.implementation: r.median_ms for r in records if r.status == "timed"}
     others = [ms for name, ms in times.items() if ms is not None and not name.startswith(OURS)]
     mine = times.get(OURS)
-    return f"{min(others) / mine:.2f}x" if mine and others else ""
+    return min(others) / mine if mine and others else None
+
+
+def _fastest(records: Iterable[Record]) -> str:
+    ratio = against_fastest(records)
+    return "" if ratio is None else f"{ratio:.2f}x"
 
 
 def absences(results: Results) -> list[str]:
@@ -113,8 +120,8 @@ def _ratio_rows(ratios: Sequence[Ratio]) -> list[list[str]]:
         [
             r.name,
             *("" if x is None else f"{x:.3f}" for x in (r.ours_ms, r.theirs_ms)),
-            f"{r.measured:.2f} {r.unit}",
-            "" if r.required is None else f"{'≥' if r.unit == 'times as fast' else '≤'} {r.required:g}",
+            r.figure,
+            r.demand,
             "" if r.required is None else "✓ kept" if r.ok else "✗ missed",
         ]
         for r in ratios
@@ -140,6 +147,27 @@ def _peak_rows(peaks: Sequence[Peak]) -> list[list[str]]:
             f"n/a: {p.reason}" if p.peak_bytes is None else f"{p.peak_bytes / 2**20:.1f}",
         ]
         for p in peaks
+    ]
+
+
+DETAIL_COLUMNS = (
+    *("case", "dtype", "direction", "implementation", "turns", "p20 ms", "median ms", "p80 ms", "GB/s"),
+    *("% of matmul", "% of copy", "peak MiB", "note"),
+)
+
+
+def _detail_rows(records: Sequence[Record]) -> list[list[str]]:
+    """Everything that was timed, with what the main table has no room for; clocks where they are known."""
+    return [
+        [
+            *r.key,
+            *("" if x is None else f"{x:.4g}" for x in (r.turns, r.p20_ms, r.median_ms, r.p80_ms, r.gbs)),
+            *("" if x is None else f"{x:.0%}" for x in (r.of_matmul, r.of_copy)),
+            "" if r.peak_bytes is None else f"{r.peak_bytes / 2**20:.1f}",
+            "; ".join(filter(None, (r.note, r.clocks))),
+        ]
+        for r in records
+        if r.status == "timed"
     ]
 
 
@@ -169,28 +197,60 @@ def change_table(changes: Sequence[Change]) -> Table:
 
 
 def html(results: Results, changes: Sequence[Change] = (), remarks: Sequence[str] = ()) -> str:
-    """The whole run as one page."""
+    """The whole run as one page: what came out, then what it rests on."""
     columns, rows = grid(results)
     images = pictures(results)
-    where = [[name, str(value)] for name, value in results.environment.items()]
+    environment = [[name, str(value)] for name, value in results.environment.items()]
+    peaks = f"Forward + backward, {results.peaks[0].case}." if results.peaks else ""
     sections = [
-        Section("Where", "".join(busy(results)), ("what", "is"), where),
-        _section("Roofs", ("what", "measured"), _roof_rows(results.roofs)),
-        _section("Speed", columns, rows, HOW, [image for name, image in images if name.startswith("speed")]),
-        _section("Not measured, or with a remark", ("what",), [[line] for line in absences(results)]),
-        _section("Sources of the shapes", ("case", "source"), list(results.sources.items())),
-        _section("CPU ratios", RATIO_COLUMNS, _ratio_rows(results.ratios), images=_named(images, "ratios")),
-        _section("Memory", PEAK_COLUMNS, _peak_rows(results.peaks), images=_named(images, "memory")),
-        _section("Host time", ("call", "us"), list(results.host_us.items())),
+        _section("In short", text="\n\n".join([where(results), *summary(results), *busy(results)])),
         _section("Against another run", CHANGE_COLUMNS, change_rows(changes), "\n\n".join(remarks)),
+        _section("Speed", columns, rows, HOW if rows else "", _named(images, "speed")),
+        _section("CPU ratios", RATIO_COLUMNS, _ratio_rows(results.ratios), images=_named(images, "ratios")),
+        _section("Memory", PEAK_COLUMNS, _peak_rows(results.peaks), peaks, _named(images, "memory")),
+        _section("Host time", ("call", "us"), list(results.host_us.items())),
+        _section("Not measured, or with a remark", ("what",), [[line] for line in absences(results)]),
+        _section("Every time", DETAIL_COLUMNS, _detail_rows(results.records)),
+        _section("Sources of the shapes", ("case", "source"), list(results.sources.items())),
+        _section("Roofs", ("what", "measured"), _roof_rows(results.roofs)),
+        _section("Surroundings", ("what", "is"), environment),
     ]
-    return page("undivided bench", [section for section in sections if section.rows])
+    return page("undivided bench", [section for section in sections if section.rows or section.text])
+
+
+def where(results: Results) -> str:
+    """The machine in a line."""
+    told = results.environment.get
+    machine = told("cpu", "") if told("gpu", "none") == "none" else told("gpu")
+    threads = f"{told('threads')} threads, " if machine == told("cpu", "") and told("threads") else ""
+    return f"{machine}, {threads}PyTorch {told('torch')}, {told('date', 'no date')}."
+
+
+def summary(results: Results) -> list[str]:
+    """Ours against the fastest other by direction; what was required and missed."""
+    by_direction: dict[str, list[float]] = {}
+    lines: dict[tuple[str, ...], list[Record]] = {}
+    for record in results.records:
+        lines.setdefault(record.key[:3], []).append(record)
+    for key, records in lines.items():
+        if (ratio := against_fastest(records)) is not None:
+            by_direction.setdefault(key[2], []).append(ratio)
+    said = [
+        f"{direction}: against the fastest other {statistics.median(ratios):.2f}× in the median of "
+        f"{len(ratios)} cases, {min(ratios):.2f}× to {max(ratios):.2f}×."
+        for direction, ratios in by_direction.items()
+    ]
+    missed = [ratio.name for ratio in results.ratios if not ratio.ok]
+    if results.ratios:
+        asked = sum(ratio.required is not None for ratio in results.ratios)
+        said.append(f"CPU ratios: {asked - len(missed)} of {asked} required figures kept.")
+    return said
 
 
 def _section(
     heading: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[Any]],
+    columns: Sequence[str] = (),
+    rows: Sequence[Sequence[Any]] = (),
     text: str = "",
     images: Sequence[bytes] = (),
 ) -> Section:
@@ -198,7 +258,7 @@ def _section(
 
 
 def _named(images: Sequence[Picture], name: str) -> list[bytes]:
-    return [image for title, image in images if title == name]
+    return [image for title, image in images if title.startswith(name)]
 
 
 def _roof_rows(roofs: dict[str, float]) -> list[list[str]]:

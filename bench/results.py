@@ -70,8 +70,23 @@ class Ratio:
     def ok(self) -> bool:
         if self.required is None:
             return True
-        faster = self.unit == "times as fast"
-        return self.measured >= self.required if faster else self.measured <= self.required
+        return self.measured >= self.required if self._more_is_better else self.measured <= self.required
+
+    @property
+    def figure(self) -> str:
+        """What was measured, with its unit."""
+        if self._more_is_better:
+            return f"{self.measured:.2f} ×"
+        return f"{self.measured:.0f} {'µs more' if self.unit == 'us more' else self.unit}"
+
+    @property
+    def demand(self) -> str:
+        """What is required; nothing where nothing is."""
+        return "" if self.required is None else f"{'≥' if self._more_is_better else '≤'} {self.required:g}"
+
+    @property
+    def _more_is_better(self) -> bool:
+        return self.unit == "times as fast"
 
 
 @dataclass(frozen=True)
