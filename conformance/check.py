@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
-import signal
-import threading
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from .guard import RAISABLE, WrongAnswerError, first_line, guarded, told
 from .probes import Observation, probe
 from .questions import CHECKS, Level, Question, questions
 from .safety import NotAskedError
 from .shrink import failures
 from .target import Target, target
-from .verdict import RAISED, Report, Verdict
+from .verdict import HANGS, RAISED, Report, Verdict
 
-SECONDS = 300
-"""What one question may take. A target that needs longer hangs."""
+PATIENCE = 2
+"""After so many questions without an answer in time nothing more is asked."""
 
 Progress = Callable[[int, int, str], None]
 """Called before each step with how many are done, of how many, and what comes."""
@@ -60,18 +56,19 @@ def check(
     steps = len(asking) + 2
     tell = progress or (lambda done, total, what: None)
     verdicts = []
+    patience = PATIENCE
     for done, question in enumerate(asking):
         tell(done, steps, str(question))
-        verdict = ask(asked, question, device)
+        verdict = ask(asked, question, device) if patience else f"given up: it hung {PATIENCE} times"
         if isinstance(verdict, Verdict):
             verdicts.append(verdict)
+            patience -= verdict.detail.startswith(HANGS)
         else:
             skipped[verdict] += 1
     observations: list[Observation] = []
-    if not only:
+    if not only and patience:
         tell(steps - 2, steps, "what it means")
-        with _quiet():
-            observations = probe(asked, device)
+        observations = probe(asked, device)
     tell(steps - 1, steps, "smallest failures")
     return Report(
         target=asked.name,
@@ -89,14 +86,14 @@ def ask(target: Target, question: Question, device: torch.device) -> Verdict | s
     """Put one question. A string says why this machine cannot ask it."""
     check, case, dtype = question
     try:
-        with _quiet(), _at_most(SECONDS):
+        with guarded():
             findings, yardstick = CHECKS[check](target, case.build(dtype, device))
     except NotAskedError as reason:
         return str(reason)
-    except AssertionError as error:
-        return Verdict(check, case, dtype, _first_line(error) or f"{RAISED}AssertionError")
-    except Exception as error:
-        return Verdict(check, case, dtype, f"{RAISED}{type(error).__name__}: {_first_line(error)}")
+    except WrongAnswerError as error:
+        return Verdict(check, case, dtype, first_line(error))
+    except RAISABLE as error:
+        return Verdict(check, case, dtype, f"{RAISED}{told(error)}")
     broken = "; ".join(str(finding) for finding in findings if not finding.ok)
     return Verdict(check, case, dtype, broken, findings, yardstick)
 
@@ -115,34 +112,3 @@ def environment(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of who is checked: they would come by the hundred."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextlib.contextmanager
-def _at_most(seconds: int) -> Iterator[None]:
-    """TimeoutError after that, where the system can interrupt: in the main thread, not inside C code."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(_: int, __: FrameType | None) -> None:
-        raise TimeoutError(f"no answer in {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

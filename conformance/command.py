@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,9 +19,10 @@ from ..kernels import evidence
 from ..kernels.spec import DTYPES
 from .adapters import ADAPTERS, ARITHMETIC, UnknownTargetError, resolve
 from .check import Progress, check, default_device
+from .guard import RAISABLE, told
 from .questions import Level
 from .report import html, show, text
-from .target import Capabilities, Target
+from .target import Capabilities, ClaimError, Target
 from .verdict import Report, dtype_name
 
 if TYPE_CHECKING:
@@ -77,24 +79,42 @@ def main(options: argparse.Namespace) -> int:
             return 0
         target, device = _target(options)
         for file in (options.json, options.html):
-            if file is not None and not file.absolute().parent.is_dir():
-                raise CheckError(f"cannot write {file}: there is no folder {file.absolute().parent}")
+            _require_writable(file)
         with _progress() as progress:
             report = check(target, device=device, level=options.level, progress=progress, only=options.only)
         if not report.verdicts:
             raise CheckError(f"nothing to ask: {_why_nothing(options, report)}")
+        _print(report)
+        if options.json is not None:
+            _write(options.json, json.dumps(report.to_dict(), indent=1) + "\n")
+        if options.html is not None:
+            _write(options.html, html(report))
+        if _is_evidence(options, report, device):
+            _record(device, str(options.json or "undivided check --impl triton --level full"))
     except CheckError as error:
         print(f"undivided check: {error}", file=sys.stderr)
         return 2
-    _print(report)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-    if options.html is not None:
-        options.html.write_text(html(report), encoding="utf-8")
-    if _is_evidence(options, report, device):
-        source = str(options.json or "undivided check --impl triton --level full")
-        _record(device, source)
     return 0 if report.ok else 1
+
+
+def _require_writable(file: Path | None) -> None:
+    """What can be said before minutes of work."""
+    if file is None:
+        return
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise CheckError(f"cannot write {file}: there is no folder {folder}")
+    if file.is_dir():
+        raise CheckError(f"cannot write {file}: it is a folder")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise CheckError(f"cannot write {file}: permission denied")
+
+
+def _write(file: Path, content: str) -> None:
+    try:
+        file.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise CheckError(f"cannot write {file}: {error.strerror}") from error
 
 
 def _target(options: argparse.Namespace) -> tuple[Target, torch.device]:
@@ -105,10 +125,10 @@ def _target(options: argparse.Namespace) -> tuple[Target, torch.device]:
     sys.path.insert(0, "")  # as `python -m` does: a module beside the reader is found
     try:
         target = resolve(name, device, **dict(options.claim))
-    except UnknownTargetError as error:
+    except (UnknownTargetError, ClaimError) as error:
         raise CheckError(str(error)) from None
-    except Exception as error:  # whatever importing somebody else's module raises
-        raise CheckError(f"cannot load {name}: {type(error).__name__}: {error}") from error
+    except RAISABLE as error:  # importing somebody else's module
+        raise CheckError(f"cannot load {name}: {told(error)}") from error
     if options.dtype:
         claimed = target.capabilities.dtypes
         dtypes = tuple(dtype for dtype in claimed if dtype_name(dtype) in options.dtype)
@@ -210,5 +230,9 @@ def _is_evidence(options: argparse.Namespace, report: Report, device: torch.devi
 def _record(device: torch.device, source: str) -> None:
     """What `explain` shows from now on."""
     where = evidence.architecture(device)
-    file = evidence.record([evidence.Evidence("triton", where, version("triton"), "run natively", source)])
+    found = evidence.Evidence("triton", where, version("triton"), "run natively", source)
+    try:
+        file = evidence.record([found])
+    except OSError as error:  # installed where the reader may not write
+        raise CheckError(f"passed, but the evidence cannot be kept: {error}") from error
     print(f"native evidence for triton on {where}: {file}")

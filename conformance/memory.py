@@ -64,19 +64,85 @@ def far_apart(tensors: Sequence[Tensor], axis: int) -> list[Tensor]:
     return far
 
 
+class Watch:
+    """Tensors inside larger buffers, of which nothing else may change."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def over(self, inside: Tensor) -> Tensor:
+        """Remember what lies around a tensor, in its storage, as it is now."""
+        buffer = inside.new_empty(0).set_(inside.untyped_storage())
+        self._kept.append((inside, buffer, buffer.clone()))
+        return inside
+
+    def written_outside(self) -> bool:
+        """Whether a byte between, before or after the elements of any of them is another one."""
+        return any(_differ_outside(*kept) for kept in self._kept)
+
+
+def _differ_outside(inside: Tensor, buffer: Tensor, before: Tensor) -> bool:
+    now = buffer.clone()
+    for x in (now, before):
+        _placed(x, inside).zero_()
+    return not torch.equal(now.view(torch.uint8), before.view(torch.uint8))
+
+
+def _placed(buffer: Tensor, like: Tensor) -> Tensor:
+    """Where a tensor lies in its buffer, each element once."""
+    sizes = [1 if stride == 0 else size for size, stride in zip(like.shape, like.stride())]
+    return buffer.as_strided(sizes, like.stride(), like.storage_offset())
+
+
+UNINITIALISED: tuple[tuple[Any, str], ...] = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (Tensor, "new_empty"),
+    (Tensor, "new_empty_strided"),
+)
+FILLED: tuple[tuple[Any, str], ...] = (
+    (torch, "zeros"),
+    (torch, "zeros_like"),
+    (torch, "full"),
+    (torch, "full_like"),
+    (Tensor, "new_zeros"),
+    (Tensor, "new_full"),
+)
+"""How tensors are made in Python, by owner and name."""
+
+
 @contextlib.contextmanager
-def poisoned_allocations() -> Iterator[None]:
-    """Within it, tensors that PyTorch would leave uninitialised are poison: a forgotten element shows."""
-    makers: list[tuple[Any, str]] = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided")]
-    makers += [(Tensor, "new_empty"), (Tensor, "new_empty_strided")]
+def poisoned_allocations() -> Iterator[Watch]:
+    """Within it, tensors that PyTorch would leave uninitialised are poison: a forgotten element shows.
+
+    Those and others that are made to be written have canaries before and after them, which the watch knows.
+    """
+    watch, empty = Watch(), torch.empty
+
+    def surrounded(make: Callable[..., Tensor], dirty: bool) -> Callable[..., Tensor]:
+        def allocate(*args: Any, **kwargs: Any) -> Tensor:
+            x = make(*args, **kwargs)
+            return _with_canaries(poison(x) if dirty else x, watch, empty)
+
+        return allocate
+
     with contextlib.ExitStack() as patches:
-        for owner, name in makers:
-            patches.enter_context(mock.patch.object(owner, name, _poisoning(getattr(owner, name))))
-        yield
+        for owner, name in (*UNINITIALISED, *FILLED):
+            made = surrounded(getattr(owner, name), (owner, name) in UNINITIALISED)
+            patches.enter_context(mock.patch.object(owner, name, made))
+        yield watch
 
 
-def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        return poison(allocate(*args, **kwargs))
-
-    return poisoned
+def _with_canaries(x: Tensor, watch: Watch, empty: Callable[..., Tensor]) -> Tensor:
+    """The same, where its memory is its own and can be moved; no view, since nobody's views are."""
+    ordinary = type(x) is Tensor and x.layout == torch.strided and x.device.type in ("cpu", "cuda")
+    whole = ordinary and x.storage_offset() == 0 and x.numel() > 0 and not x.is_pinned()
+    if not whole or torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return x
+    length = x.untyped_storage().nbytes() // x.itemsize
+    buffer = poison(empty(length + 2 * CANARIES, dtype=x.dtype, device=x.device))
+    moved = empty(0, dtype=x.dtype, device=x.device)
+    moved.set_(buffer.untyped_storage(), CANARIES, x.shape, x.stride())
+    _placed(buffer, moved).copy_(x.as_strided(_placed(buffer, moved).shape, x.stride()))
+    return watch.over(moved).requires_grad_(x.requires_grad)

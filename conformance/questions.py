@@ -18,11 +18,14 @@ from .verdict import LONG_SEQUENCES, VALUES
 Level = Literal["quick", "full"]
 
 LONG = (
+    Case(
+        "long queries", heads_q=1, heads_kv=1, seqlen_q=4096, seqlen_k=67, head_dim=64, distribution="uniform"
+    ),
     Case("long keys", heads_q=1, heads_kv=1, seqlen_q=130, seqlen_k=4096, head_dim=64),
     Case("long", heads_q=1, heads_kv=1, seqlen_q=1500, seqlen_k=1500, head_dim=32),
     Case("long causal", heads_q=1, heads_kv=1, seqlen_q=1111, seqlen_k=1111, head_dim=32, causal=True),
 )
-"""Enough keys for a running sum kept in 16 bits, or rescaled once too seldom, to leave the budget."""
+"""Enough keys, and queries for gradients, for sums that are kept in 16 bits to leave the budget."""
 
 HUGE = (Case("huge logits", scale=500.0), Case("huge equal logits", distribution="uniform", scale=1e4))
 
@@ -78,6 +81,7 @@ _KINDS = (
     Kind(VALUES, safety.values, _PAIRS, full_only=True),
     Kind(LONG_SEQUENCES, safety.values, LONG, "coarsest"),
     Kind("nothing outside is read", safety.reads_nothing_outside, CANARIES),
+    Kind("nothing outside is written", safety.writes_nothing_outside, CANARIES),
     Kind("every element is written", safety.writes_every_element, CANARIES),
     Kind("inputs stay as they are", safety.leaves_inputs_alone, CANARIES),
     Kind("the same bits again", safety.repeats, CANARIES, claim="deterministic"),
@@ -111,19 +115,24 @@ def questions(target: Target, level: Level, skipped: Counter[str]) -> Iterator[Q
     quick: every case but the pairs of options, each in one dtype (they take turns), the single options in
     all dtypes; seconds on a CPU. full: everything in every dtype, and what is slow.
     """
+    before: set[tuple[str, Case, torch.dtype]] = set()
     for kind in _KINDS:
         if kind.full_only and level == "quick":
             continue
         if kind.claim is not None and not getattr(target.capabilities, kind.claim):
             skipped[kind.claim] += len(kind.cases)
             continue
-        for index, case in enumerate(kind.cases):
+        for index, case in enumerate(map(target.fitted, kind.cases)):
             dtypes = _askable(target, case, skipped)
             if dtypes and kind.dtypes == "coarsest":
                 dtypes = [max(dtypes, key=lambda dtype: ROUNDOFF[dtype])]
             elif dtypes and kind.dtypes == "turns" and level == "quick":
                 dtypes = [dtypes[index % len(dtypes)]]
-            yield from (Question(kind.name, case, dtype) for dtype in dtypes)
+            for dtype in dtypes:
+                key = kind.name, replace(case, name=""), dtype
+                if key not in before:  # of another name before it was fitted
+                    before.add(key)
+                    yield Question(kind.name, case, dtype)
 
 
 def _askable(target: Target, case: Case, skipped: Counter[str]) -> list[torch.dtype]:

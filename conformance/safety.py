@@ -1,7 +1,7 @@
 """What can be wrong with an attention function, as plain functions: ask a problem, return what it gave.
 
 A check takes a target and a problem. It returns the worst elements it measured, which `check` judges by
-the budget, or raises AssertionError with what is wrong in words.
+the budget, or raises WrongAnswerError with what is wrong in words.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from ..kernels.masks import visible
 from .budget import Finding, measure
 from .cases import Problem
 from .evaluation import evaluate, expected
-from .memory import far_apart, fenced, fenced_whole, poisoned_allocations
+from .guard import require
+from .memory import Watch, far_apart, fenced, fenced_whole, poisoned_allocations
 from .oracle import Oracle, Results
 from .target import Target
 from .yardstick import two_times_rule
@@ -42,9 +43,10 @@ class NotAskedError(Exception):
 
 def values(target: Target, problem: Problem) -> Outcome:
     """Every element of out, lse and the gradients, against the oracle; shapes and dtypes."""
+    oracle = expected(problem, target.capabilities)  # before anybody can modify q
     results = evaluate(target, problem)
-    _assert_dtypes(results, problem)
-    oracle = expected(problem, target.capabilities)
+    require(results.lse is not None or not target.capabilities.lse, "lse is claimed, and not returned")
+    _require_dtypes(results, problem)
     findings = measure(results, oracle, target.capabilities.arithmetic)
     if oracle.dtype == torch.float64:  # plain PyTorch in float64 is the oracle
         return Outcome(findings, {})
@@ -64,12 +66,26 @@ def writes_every_element(target: Target, problem: Problem) -> Outcome:
     return _as_good(target, results, problem)
 
 
+def writes_nothing_outside(target: Target, problem: Problem) -> Outcome:
+    """Canaries around every tensor that is given, and every one that the target allocates in Python."""
+    fence = fenced if target.capabilities.any_strides else fenced_whole
+    given = Watch()
+    fences = problem.mapped(lambda x: given.over(fence(x)))
+    try:
+        with poisoned_allocations() as allocated:
+            evaluate(target, fences)
+    finally:  # what it wrote there may be what made it raise
+        require(not given.written_outside(), "writes outside a tensor that was given to it")
+        require(not allocated.written_outside(), "writes outside a tensor that it allocated")
+    return Outcome([], {})
+
+
 def leaves_inputs_alone(target: Target, problem: Problem) -> Outcome:
     """q scaled in place, a mask completed in place, dout used as scratch."""
     before = problem.mapped(torch.clone)
     evaluate(target, problem)
     for (name, x), y in zip(_tensors(problem).items(), _tensors(before).values()):
-        assert _same(x, y), f"modifies {name}"
+        require(_same(x, y), f"modifies {name}")
     return Outcome([], {})
 
 
@@ -79,7 +95,7 @@ def repeats(target: Target, problem: Problem) -> Outcome:
     count = REPEATS.get(problem.q.device.type, 2)
     for _ in range(count):
         for name, x, y in zip(Results._fields, first, evaluate(target, problem)):
-            assert _same(x, y), f"other bits of {name} in {count + 1} calls"
+            require(_same(x, y), f"other bits of {name} in {count + 1} calls")
     return Outcome([], {})
 
 
@@ -102,6 +118,8 @@ def keeps_entries_apart(target: Target, problem: Problem) -> Outcome:
 def ignores_hidden_keys(target: Target, problem: Problem) -> Outcome:
     """NaN and infinities in keys and values that no query of the batch entry sees; their gradient is 0."""
     hidden = hidden_keys(problem)
+    if not hidden.any():  # of sizes that were made to fit the claims
+        raise NotAskedError("nothing to hide")
     traps = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=problem.k.dtype, device=hidden.device)
     anything = traps[torch.arange(hidden.shape[2], device=hidden.device) % 3][:, None]
     clean, dirty = (
@@ -134,14 +152,14 @@ def fakes_faithfully(target: Target, problem: Problem) -> Outcome:
         fake = evaluate(target, problem.mapped(mode.from_tensor))
     for name, x, y in zip(Results._fields, real, fake):
         if x is None or y is None:
-            assert x is y, f"fake tensors give {'no' if y is None else 'a'} {name}"
+            require(x is y, f"fake tensors give {'no' if y is None else 'a'} {name}")
             continue
         for what, a, b in (
             ("shape", tuple(x.shape), tuple(y.shape)),
             ("dtype", x.dtype, y.dtype),
             ("strides", _strides(x), _strides(y)),
         ):
-            assert a == b, f"fake tensors give {name} the {what} {b}, real ones {a}"
+            require(a == b, f"fake tensors give {name} the {what} {b}, real ones {a}")
     return Outcome([], {})
 
 
@@ -176,12 +194,13 @@ def _no_worse(trapped: list[Finding], plain: list[Finding]) -> Outcome:
     return Outcome([finding._replace(allowed=allowed[finding.output]) for finding in trapped], {})
 
 
-def _assert_dtypes(results: Results, problem: Problem) -> None:
+def _require_dtypes(results: Results, problem: Problem) -> None:
     dtype = problem.q.dtype
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     for name, x in zip(("out", "lse"), results[:2]):
         must = dtype if name == "out" else statistics
-        assert x is None or x.dtype == must, f"{name} has dtype {x.dtype}, not {must}"
+        if x is not None:
+            require(x.dtype == must, f"{name} has dtype {x.dtype}, not {must}")
 
 
 def _tensors(problem: Problem) -> dict[str, Tensor]:

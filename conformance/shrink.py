@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -11,10 +13,13 @@ import torch
 from .cases import Case, Extra
 from .questions import Question
 from .target import Target
-from .verdict import RAISED, Failure, Verdict, given_fields
+from .verdict import HANGS, RAISED, Failure, Verdict, given_fields
 
 SHRUNK = 12
 """How many failures are shrunk; further ones are shown by the first case that failed."""
+
+SECONDS = 300
+"""How long failures are shrunk, all together; a slow target's are shown as they are after that."""
 
 TRIES = 100
 """How many smaller cases are asked for one cause. A step that halves all sizes needs a few dozen."""
@@ -33,9 +38,11 @@ def failures(target: Target, verdicts: Sequence[Verdict], ask: Ask, device: torc
             raised = verdict.cause.startswith(RAISED)  # whatever was asked
             groups.setdefault(("" if raised else verdict.check, verdict.cause), []).append(verdict)
     found: list[Failure] = []
+    end = time.monotonic() + SECONDS
     for (_, cause), group in groups.items():
         while group:
-            verdict = smallest(target, group[0], ask) if len(found) < SHRUNK else group[0]
+            worth = len(found) < SHRUNK and time.monotonic() < end and not cause.startswith(HANGS)
+            verdict = smallest(target, group[0], ask, end) if worth else group[0]
             needed = _ingredients(verdict.case)
             alike = [v for v in group if v is group[0] or needed <= _ingredients(v.case)]
             group = [v for v in group if v not in alike]  # they fail without it, so of something else
@@ -53,15 +60,15 @@ def _ingredients(case: Case) -> set[str]:
     return grouped | given_fields(case).keys() - SIZES
 
 
-def smallest(target: Target, verdict: Verdict, ask: Ask) -> Verdict:
-    """The verdict of the smallest case found that still fails of the same cause."""
+def smallest(target: Target, verdict: Verdict, ask: Ask, end: float = math.inf) -> Verdict:
+    """The verdict of the smallest case found, until some time, that still fails of the same cause."""
     current = verdict._replace(case=replace(verdict.case, name=PLAIN.name))
     tried: set[Case] = set()
     while True:
         for case in _smaller(current.case):
             if case in tried or target.refusal(case, current.dtype) is not None:
                 continue
-            if len(tried) == TRIES:
+            if len(tried) == TRIES or time.monotonic() > end:
                 return current
             tried.add(case)
             answer = ask(Question(current.check, case, current.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .budget import Arithmetic
 from .cases import Case, Problem
+from .guard import require
 
 Attend = Callable[[Problem], tuple[Tensor, "Tensor | None"]]
 """(out, lse or None) of a problem, attached to its q, k, v and bias."""
@@ -63,6 +65,7 @@ class Capabilities:
     compiles: bool = False
 
 
+_PLURAL = ("dtypes", "alignments", "head_dims")
 _CLAIMS: dict[str, Any] = {field.name: True for field in fields(Capabilities) if field.type == "bool"}
 EVERYTHING = Capabilities(alignments=("bottom-right", "top-left"), **_CLAIMS)
 
@@ -80,6 +83,28 @@ class Target:
     capabilities: Capabilities
     note: str = ""
     origin: str = ""
+
+    def fitted(self, case: Case) -> Case:
+        """The case in sizes and strides that are claimed, so that a small claim is asked every option too."""
+        claims = self.capabilities
+        changes: dict[str, Any] = {
+            name: self._nearest_head_dim(size)
+            for name, size in (("head_dim", case.head_dim), ("head_dim_v", case.head_dim_v))
+            if size is not None
+        }
+        if not claims.rectangular and case.seqlen_q != case.seqlen_k:
+            changes["seqlen_q"] = changes["seqlen_k"] = max(case.seqlen_q, case.seqlen_k)
+        if not claims.batch:
+            changes["batch"] = min(case.batch, 1)
+        if not claims.any_strides:
+            changes["layout"] = "bhsd"
+        return replace(case, **changes)
+
+    def _nearest_head_dim(self, size: int) -> int:
+        dims = self.capabilities.head_dims
+        if dims is None:
+            return min(size, self.capabilities.max_head_dim)
+        return min((d for d in dims if d >= size), default=max(dims))
 
     def refusal(self, case: Case, dtype: torch.dtype) -> str | None:
         """Why a case is not asked; None if it is."""
@@ -127,22 +152,66 @@ def target(function: Callable[..., Any], name: str | None = None, **capabilities
 
     def attend(problem: Problem) -> tuple[Tensor, Tensor | None]:
         answer = function(problem.q, problem.k, problem.v, **problem.given_options())
-        return answer if isinstance(answer, tuple) else (answer, None)
+        if not isinstance(answer, (tuple, list)):
+            return answer, None
+        require(len(answer) in (1, 2), f"returns {len(answer)} things, not out or (out, lse)")
+        return answer[0], answer[1] if len(answer) == 2 else None
 
     name = name or str(getattr(function, "__name__", "attention"))
     module, path = (getattr(function, key, "") for key in ("__module__", "__qualname__"))
-    importable = module and path and "<" not in path
-    origin = as_code(f"{module}:{path}", capabilities) if importable else ""
+    origin = as_code(f"{module}:{path}", capabilities) if _is_at(function, module, path) else ""
     return Target(name, attend, claims, origin=origin)
 
 
+def _is_at(function: object, module: str, path: str) -> bool:
+    """Whether another process finds a function by that name: no lambda, no method of an object."""
+    found: object = sys.modules.get(module)
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found is function and module != "__main__"
+
+
+class ClaimError(ValueError):
+    """Claims that no function can hold."""
+
+
+NEEDS = {
+    "mask_and_causal": ("mask",),
+    "any_bias_dtype": ("bias",),
+    "bias_gradient": ("bias", "backward"),
+    "same_dropout": ("dropout",),
+    "lse_gradient": ("lse", "backward"),
+}
+"""Claims that say nothing without others."""
+
+
 def claim(capabilities: Capabilities, changes: Mapping[str, Any]) -> Capabilities:
-    """The same claims but for some. TypeError: there is no such claim."""
+    """The same claims but for some.
+
+    Raises:
+        TypeError: there is no such claim, or it is of another type.
+        ClaimError: nothing is left to ask.
+    """
     known = [field.name for field in fields(Capabilities)]
-    for key in changes:
+    changes = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
+    for key, value in changes.items():
         if key not in known:
             raise TypeError(f"unknown capability {key!r}; there are {', '.join(known)}")
-    return replace(capabilities, **changes)
+        if key in _CLAIMS and not isinstance(value, bool):
+            raise TypeError(f"{key} must be True or False, got {value!r}")
+        if key in _PLURAL and not isinstance(value, tuple) and (key, value) != ("head_dims", None):
+            raise TypeError(f"{key} must be a tuple, got {value!r}")
+    found = replace(capabilities, **changes)
+    for key in changes:
+        missing = [need for need in NEEDS.get(key, ()) if not getattr(found, need)]
+        if getattr(found, key) and missing:
+            raise ClaimError(f"{key} is claimed without {' and '.join(missing)}")
+    empty = [key for key in ("dtypes", "alignments", "head_dims") if getattr(found, key) == ()]
+    if empty:
+        raise ClaimError(f"{empty[0]} is empty")
+    if found.max_head_dim < 1 or min(found.head_dims or (1,)) < 1:
+        raise ClaimError("head dims must be positive")
+    return found
 
 
 def as_code(text: str, claims: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .probes import Observation
 
 RAISED = "raises "
+HANGS = f"{RAISED}TimeoutError"
 
 VALUES, LONG_SEQUENCES = "values", "long sequences"
 """The checks whose errors can be published: the others set traps."""

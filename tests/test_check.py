@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +22,12 @@ from undivided import attention
 from undivided.conformance import Target, check, command, target
 from undivided.conformance.adapters import resolve
 from undivided.conformance.cases import BIASES, LAYOUTS, MASKS, Case
-from undivided.conformance.check import Question, ask
+from undivided.conformance.check import PATIENCE
 from undivided.conformance.page import Section, page
+from undivided.conformance.probes import probe
 from undivided.conformance.questions import questions
 from undivided.conformance.report import html
-from undivided.conformance.target import EVERYTHING
+from undivided.conformance.target import EVERYTHING, ClaimError
 
 CPU = torch.device("cpu")
 
@@ -75,6 +77,31 @@ def raising(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
     raise LookupError("not today")
 
 
+def exiting(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    sys.exit(0)
+
+
+def failing_by_assertion(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    assert q.shape[2] == 64, "33 is no multiple of 64"
+    return q
+
+
+def zero_behind(x: Tensor) -> None:
+    end = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride())) + 1
+    if end < x.untyped_storage().nbytes() // x.itemsize:
+        x.detach().as_strided((1,), (1,), end).zero_()
+
+
+def writing_behind_q(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    zero_behind(q)
+    return plain(q, k, v)
+
+
+def writing_behind_out(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    zero_behind(torch.zeros_like(q))
+    return plain(q, k, v)
+
+
 def scaling_in_place(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
     with torch.no_grad():
         q *= 1.5
@@ -97,7 +124,12 @@ MISBEHAVIOUR: list[tuple[Callable[..., Any], str, str]] = [
     (lambda q, k, v, **_: plain(q, k, v).double(), "1x1", "out has dtype torch.float64, not torch.float"),
     (lambda q, k, v, **_: plain(q, k, v).detach(), "1x1", "out carries no gradient"),
     (lambda q, k, v, **_: plain(q, k, v) + torch.nan, "1x1", "NaN in out"),
-    (lambda q, k, v, **_: (plain(q, k, v),) * 3, "1x1", "raises ValueError: too many values to unpack"),
+    (lambda q, k, v, **_: (plain(q, k, v),) * 3, "1x1", "returns 3 things, not out or (out, lse)"),
+    (lambda q, k, v, **_: plain(q, k.detach(), v), "7x1", "no gradient comes back to k"),
+    (failing_by_assertion, "square", "raises AssertionError: 33 is no multiple of 64"),
+    (exiting, "square", "raises SystemExit: 0"),
+    (writing_behind_q, "outside is written", "writes outside a tensor that was given to it"),
+    (writing_behind_out, "outside is written", "writes outside a tensor that it allocated"),
     (scaling_in_place, "inputs stay", "modifies q"),
     (drawing, "same bits", "other bits of out"),
 ]
@@ -114,9 +146,13 @@ def test_misbehaviour_is_a_finding(function: Callable[..., Any], only: str, caus
 
 
 def test_a_function_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["undivided.conformance.check"], "SECONDS", 0.2)
-    verdict = ask(target(endless), Question("values", Case("1x1"), torch.float32), CPU)
-    assert verdict.detail == "raises TimeoutError: no answer in 0.2 s"
+    monkeypatch.setattr("undivided.conformance.guard.SECONDS", 0.2)
+    report = check(target(endless), device="cpu")
+    assert {verdict.detail for verdict in report.verdicts} == {"raises TimeoutError: no answer in 0.2 s"}
+    assert len(report.verdicts) == PATIENCE  # then nothing more is asked, probed or shrunk
+    assert report.skipped["given up: it hung 2 times"] > 20
+    assert not report.observations
+    assert len(probe(target(endless))) == 1
 
 
 def wrong_past_20_keys(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, **_: Any) -> Tensor:
@@ -154,6 +190,80 @@ def test_the_code_of_a_failure_runs_and_fails_alike(tmp_path: Path) -> None:
         [sys.executable, "-c", failure.code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == f"values, smallest, bfloat16: {failure.detail}"
+
+
+def test_what_is_not_claimed_may_be_anything() -> None:
+    """Weights or another layout of lse beside out, held to the shape of an lse that nobody claimed."""
+
+    def with_weights(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+        return plain(q, k, v, scale), q @ k.mT
+
+    check(with_weights, device="cpu", dtypes=(torch.float32,), only="1x7").assert_ok()
+
+
+def test_inputs_that_are_modified_do_not_move_the_answer() -> None:
+    """The oracle asked after q was scaled in place, for whom the result then is right."""
+    mine = target(scaling_in_place, dtypes=(torch.float32,))
+    report = check(mine, device="cpu", only="values, uniform")
+    assert [failure.cause for failure in report.failures] == ["out, dq, dk, dv outside the error budget"]
+
+
+class Method:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plain(q, k, v)
+
+
+@pytest.mark.parametrize("function", [Method().attend, lambda q, k, v: q], ids=["method", "lambda"])
+def test_code_names_no_function_that_another_process_lacks(function: Callable[..., Any]) -> None:
+    assert target(function).origin == ""
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [{"head_dims": (64,), "rectangular": False}, {"any_strides": False, "batch": False, "max_head_dim": 8}],
+    ids=str,
+)
+def test_a_small_claim_is_asked_every_option_too(claims: dict[str, Any]) -> None:
+    """One head_dim, and hardly a case has it: a function that ignores causal passes."""
+    options = {"causal": True, "mask": True, "mask_and_causal": True, "window": True, "bias": True}
+    asked = list(questions(target(plain, **claims, **options), "quick", Counter()))
+    cases = [q.case for q in asked if q.check == "values"]
+    assert len({(c.causal, c.window, c.mask, c.bias, c.scale) for c in cases}) > 40
+    assert {q.check for q in asked} >= {
+        "nothing outside is read",
+        "long sequences",
+        "hidden keys reach nothing",
+    }
+    unnamed = [(q.check, replace(q.case, name=""), q.dtype) for q in asked]
+    assert len(unnamed) == len(set(unnamed))
+
+
+@pytest.mark.parametrize(
+    ("claims", "message"),
+    [
+        ({"dtypes": ()}, "dtypes is empty"),
+        ({"head_dims": (0,)}, "head dims must be positive"),
+        ({"max_head_dim": 0}, "head dims must be positive"),
+        ({"lse_gradient": True}, "lse_gradient is claimed without lse"),
+        ({"bias_gradient": True, "backward": False}, "bias_gradient is claimed without bias and backward"),
+    ],
+)
+def test_claims_that_nothing_can_hold_are_refused(claims: dict[str, Any], message: str) -> None:
+    with pytest.raises(ClaimError, match=message):
+        target(plain, **claims)
+
+
+def test_claims_of_another_type_are_refused() -> None:
+    for claims in ({"dtypes": torch.float16}, {"causal": "yes"}, {"head_dims": 64}):
+        with pytest.raises(TypeError, match=f"{next(iter(claims))} must be"):
+            target(plain, **claims)
+    assert target(plain, head_dims=[16, 32]).capabilities.head_dims == (16, 32)
+
+
+def test_sums_over_many_queries_in_16_bits_are_found() -> None:
+    """PyTorch's flash on a CPU, which adds up dv in the dtype of v."""
+    report = check(resolve("torch-flash", "cpu", dtypes=(torch.bfloat16,)), device="cpu", only="long queries")
+    assert [failure.cause for failure in report.failures] == ["dv outside the error budget"]
 
 
 def test_a_target_claims_the_same_again() -> None:
@@ -248,11 +358,21 @@ def test_the_command_writes_what_it_is_asked_for(tmp_path: Path, capsys: pytest.
         (("torch-math", "--device", "nosuch"), "--device nosuch does not work here"),
         (("transformers-eager", "--dtype", "float64"), "claims float16, bfloat16, float32, not float64"),
         (("torch-math", "--json", "/no/such/folder/x.json"), "there is no folder /no/such/folder"),
+        (("torch-math", "--html", "/"), "cannot write /: it is a folder"),
+        (("torch-math", "--device", "cpu", "--only", "1x7", "--json", "/dev/full"), "cannot write /dev/full"),
+        (("torch-math", "--device", "cpu", "--claim", "head_dims=0"), "head dims must be positive"),
+        (("quitting:f",), "cannot load quitting:f: SystemExit: 0"),
     ],
 )
 def test_a_wrong_command_ends_with_2(
-    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "quitting.py").write_text("import sys; sys.exit(0)")
+    monkeypatch.syspath_prepend(tmp_path)
     assert run(*arguments) == 2
     assert message in capsys.readouterr().err
 
@@ -317,7 +437,8 @@ def test_the_pytest_plugin(tmp_path: Path) -> None:
     assert "test_it.py::test_right" not in done.stdout, done.stdout
     assert "FAILED test_it.py::test_wrong[probes]" in done.stdout, done.stdout
     assert "lse is: not returned" in done.stdout
-    assert "1 failed, 4 passed" in done.stdout
+    assert "lse is claimed, and not returned" in done.stdout
+    assert "2 failed, 3 passed" in done.stdout
 
 
 def test_our_own_facade_is_a_target() -> None:

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..guard import RAISABLE, WrongAnswerError, first_line, guarded, told
 from ..target import Target
+from ..verdict import HANGS, RAISED
 from . import dropout, edges, gradients, lse, softmax, visibility
 from .subject import Probe, Subject
 
@@ -30,16 +32,26 @@ class Observation(NamedTuple):
 
 
 def probe(target: Target, device: str | torch.device = "cpu") -> list[Observation]:
-    """Ask a target everything that its claims allow to be asked. A call that raises is an answer too."""
+    """Ask a target everything that its claims allow to be asked. A call that raises is an answer too.
+
+    The last answer is that of a call that hangs, if one does.
+    """
     subject = Subject(target, torch.device(device))
-    return [_observe(probe) for room in _ROOMS for probe in room.probes(subject)]
+    observations: list[Observation] = []
+    for asked in (probe for room in _ROOMS for probe in room.probes(subject)):
+        observations.append(_observe(asked))
+        if observations[-1].found.startswith(HANGS):
+            break
+    return observations
 
 
 def _observe(probe: Probe) -> Observation:
     try:
-        found = probe.look()
-    except Exception as error:  # whatever somebody else's function raises
-        text = str(error).strip().split("\n")[0]
-        found = f"raises {type(error).__name__}: {text}"[:200]
+        with guarded():
+            found = probe.look()
+    except WrongAnswerError as error:
+        found = first_line(error)
+    except RAISABLE as error:
+        found = f"{RAISED}{told(error)}"[:200]
     ok = None if probe.promised is None else found == probe.promised
     return Observation(probe.question, found, probe.promised, ok)
