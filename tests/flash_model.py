@@ -57,7 +57,7 @@ class Flash:
         p = torch.exp(scores - lse[..., None]).masked_fill(hidden, 0.0)
         survives = self.survives(inputs, spec, seen.shape, backward=True)
         delta = (out.float() * dout).sum(-1, keepdim=True) - self.gradient_of_lse(dlse)
-        ds = p * (dout @ v.mT * survives - delta)
+        ds = p * (self.dropped(dout @ v.mT, survives) - delta)
         narrow = rounded(ds * slope, inputs)
         dq = spec.scale * (narrow @ k)
         dk = self.over_group(self.scale_of_dk(spec) * (narrow.mT @ q), inputs)
@@ -106,6 +106,10 @@ class Flash:
     def kept(self, seed: Tensor, dropout_p: float, shape: torch.Size) -> Tensor:
         batch, heads, rows, cols = shape
         return keep_mask(seed, dropout_p, batch, heads, range(rows), range(cols))
+
+    def dropped(self, dp: Tensor, survives: Tensor) -> Tensor:
+        """The gradient of each probability, before that of the softmax."""
+        return dp * survives
 
     def tiles(self, seqlen_k: int) -> list[slice]:
         return [slice(start, start + self.tile) for start in range(0, seqlen_k, self.tile)]

@@ -170,6 +170,11 @@ class DropoutRepeatedPerTile(Flash):
         return first.repeat(1, 1, 1, -(-shape[3] // self.tile))[..., : shape[3]]
 
 
+class DropoutForgottenInScores(Flash):
+    def dropped(self, dp: Tensor, survives: Tensor) -> Tensor:
+        return dp
+
+
 class OffsetsIn32Bits(Flash):
     def load(self, x: Tensor) -> Tensor:
         batch, heads, seqlen, head_dim = x.shape
@@ -187,6 +192,18 @@ class ReadsPastTheEnd(Flash):
         room = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset() - used
         behind = x.as_strided(x.shape, x.stride(), x.storage_offset() + max(0, min(x.stride(2), room)))
         return x.float() + 0 * behind
+
+
+class WritesPastTheEnd(Flash):
+    """out is stored with one element too many."""
+
+    def normalised(self, out: Tensor, total: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = super().normalised(out, total, peak)
+        stored = torch.empty_like(out).copy_(out)
+        end = stored.storage_offset() + stored.numel()
+        if end < stored.untyped_storage().nbytes() // stored.itemsize:
+            stored.as_strided((1,), (1,), end).zero_()
+        return stored, lse
 
 
 def to_tf32(x: Tensor) -> Tensor:
@@ -252,14 +269,29 @@ BUGS = {
     ),
     "dropout rate not exact": Bug(DropsTooFew(), DROPOUT, "it drops: 0.271 of the weights"),
     "dropout not replayed in backward": Bug(DropoutNotReplayed(), DROPOUT, "other elements than forward"),
+    "dropout forgotten in dq and dk": Bug(
+        DropoutForgottenInScores(), DROPOUT, "those of all weights but in delta: dropout is forgotten there"
+    ),
     "dropout repeated per head": Bug(DropoutRepeatedPerHead(), DROPOUT, "the same elements in every head"),
     "dropout repeated per tile": Bug(DropoutRepeatedPerTile(), DROPOUT, "a pattern repeated every 16 keys"),
     "32-bit offsets": Bug(OffsetsIn32Bits(), PLAIN, "", check="64-bit offsets"),
     "reads past the end": Bug(ReadsPastTheEnd(), PLAIN, "", check="nothing outside is read"),
+    "writes past the end": Bug(
+        WritesPastTheEnd(),
+        PLAIN,
+        "writes outside a tensor that it allocated",
+        check="nothing outside is written",
+    ),
     "sums in any order": Bug(SumsInAnyOrder(), PLAIN, "other bits", check="the same bits again"),
 }
 
-UNSEEN = ("hidden values multiplied by 0", "32-bit offsets", "reads past the end", "sums in any order")
+UNSEEN = (
+    "hidden values multiplied by 0",
+    "32-bit offsets",
+    "reads past the end",
+    "writes past the end",
+    "sums in any order",
+)
 """Bugs that change no value of an ordinary call."""
 
 

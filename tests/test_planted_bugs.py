@@ -47,7 +47,7 @@ def test_without_a_bug_there_is_nothing_to_say() -> None:
     observations = probe(planted())
     assert len(observations) > 40
     assert said((), observations) == ""
-    assert all(observation.ok for observation in observations)
+    assert all(observation.ok for observation in observations if observation.promised is not None)
 
 
 @pytest.mark.full

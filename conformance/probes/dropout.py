@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.philox import keep_mask
-from .subject import Probe, Subject, Weights
+from .subject import Probe, Subject, Weights, recognised
 
 LENGTH = 160
 """Queries and keys: more than the largest tile of usual kernels."""
@@ -19,6 +19,7 @@ SINGLE = "single elements, each on its own"
 RATE = "p of the weights, and the others are divided by 1 - p"
 REPLAYED = "the same elements; another seed others"
 SAME = "the elements that forward drops"
+OF_KEPT = "those of the weights that forward kept"
 OURS = "those of this package"
 
 
@@ -39,6 +40,7 @@ def probes(subject: Subject) -> Iterator[Probe]:
     )
     if claims.backward:
         yield Probe("backward drops", SAME, lambda: _backward(read(), subject.head_dim))
+        yield Probe("dq and dk with dropout are", OF_KEPT, lambda: _score_gradients(subject))
     yield Probe(
         "the elements dropped are", OURS if claims.same_dropout else None, lambda: _whose(read().forward)
     )
@@ -103,6 +105,36 @@ def _backward(weights: Weights, block: int) -> str:
 def _diagonal_blocks(x: Tensor, block: int) -> list[Tensor]:
     starts = range(0, x.shape[-1], block)
     return [x[..., i : i + block, i : i + block] for i in starts]
+
+
+def _score_gradients(subject: Subject) -> str:
+    """Values that are an identity show in one call what forward kept, and so what dq and dk must be."""
+    size = subject.head_dim
+    problem = subject.problem(size, size, dropout_p=DROPOUT_P, seed=SEED)
+    generator = torch.Generator().manual_seed(0)
+    q, k, dout = (torch.randn(x.shape, generator=generator).to(x) for x in (*problem[:2], problem.dout))
+    v = torch.eye(size).to(q).expand_as(q).contiguous()
+    results = subject.evaluate(problem._replace(q=q, k=k, v=v, dout=dout))
+    assert results.out is not None
+    assert results.dq is not None
+    assert results.dk is not None
+    q, k, dout = q.double(), k.double(), dout.double()
+    p = torch.softmax(q @ k.mT * subject.scale, -1)
+    kept = (results.out > 0) / (1 - DROPOUT_P)
+    found = torch.stack([results.dq, results.dk]).double()
+
+    def gradients(kept: Tensor | float, kept_in_sum: Tensor | float) -> Tensor:
+        ds = p * (kept * dout - (kept_in_sum * p * dout).sum(-1, keepdim=True)) * subject.scale
+        return torch.stack([ds @ k, ds.mT @ q])
+
+    words = {
+        OF_KEPT: gradients(kept, kept),
+        "those of all weights: dropout is forgotten": gradients(1.0, 1.0),
+        "those of all weights but in delta: dropout is forgotten there": gradients(1.0, kept),
+        "those of the kept weights but in delta": gradients(kept, 1.0),
+    }
+    size_of = words[OF_KEPT].abs().max()
+    return recognised(found / size_of, {text: x / size_of for text, x in words.items()}, tolerance=0.02)
 
 
 def _whose(weights: Tensor) -> str:

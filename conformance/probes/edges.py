@@ -36,6 +36,8 @@ def probes(subject: Subject) -> Iterator[Probe]:
             question = f"NaN in {'keys' if name == 'k' else 'values'} hidden by {hiding.how}"
             promised = NOTHING if claims.nan_in_hidden_keys else None
             yield Probe(question, promised, partial(_of_nan, subject, hiding, name))
+    if claims.batch:
+        yield Probe("one of two batch entries, asked alone, gives", None, partial(_alone, subject))
 
 
 def _empty_rows(subject: Subject) -> Iterator[Hiding]:
@@ -100,6 +102,16 @@ def _of_empty_rows(subject: Subject, hiding: Hiding) -> str:
         nan, nonzero = (any(bool(f(x).any()) for x in gradients) for f in (torch.isnan, torch.abs))
         found.append("gradients NaN" if nan else "gradients not 0" if nonzero else "gradients 0")
     return ", ".join(found)
+
+
+def _alone(subject: Subject) -> str:
+    """Batch invariance: how many others there are decides nothing, not even an order of sums."""
+    cols = 67
+    problem = _filled(subject.problem(subject.rows(5, cols), cols))
+    alone = problem.mapped(lambda x: x[:1])
+    pairs = zip(Results._fields, subject.evaluate(problem), subject.evaluate(alone))
+    others = [name for name, x, y in pairs if x is not None and y is not None and not torch.equal(x[:1], y)]
+    return f"other bits of {', '.join(others)}" if others else "the same bits"
 
 
 def _of_nan(subject: Subject, hiding: Hiding, name: str) -> str:

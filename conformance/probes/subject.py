@@ -135,12 +135,17 @@ def _identity(x: Tensor, start: int) -> Tensor:
     return (torch.arange(seqlen, device=x.device)[:, None] == at).to(x.dtype).expand_as(x).contiguous()
 
 
-def recognised(found: Tensor, words: Mapping[str, Tensor | float], otherwise: str | None = None) -> str:
-    """The first of the words whose value is what was found, everywhere, to two digits."""
+def recognised(
+    found: Tensor,
+    words: Mapping[str, Tensor | float],
+    otherwise: str | None = None,
+    tolerance: float = 1e-3,
+) -> str:
+    """The first of the words whose value is what was found, everywhere, to two digits or the tolerance."""
     found = found.detach().double()
     for text, value in words.items():
         expected = torch.as_tensor(value, device=found.device).double()
-        if torch.allclose(found, expected.expand_as(found), rtol=0.02, atol=1e-3):
+        if torch.allclose(found, expected.expand_as(found), rtol=0.02, atol=tolerance):
             return text
     if found.isnan().any():
         return "NaN"
