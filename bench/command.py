@@ -293,6 +293,8 @@ def _device(name: str | None) -> torch.device:
         torch.zeros(1, device=device).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name} does not work here: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # events and synchronisation are those of the current one
     return device
 
 

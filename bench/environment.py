@@ -7,6 +7,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +49,36 @@ def environment() -> dict[str, Any]:
     return found
 
 
-def clocks(device: torch.device) -> str | None:
-    """SM clock, memory clock, power and temperature, if nvidia-smi is there to say so."""
+def clocks(device: torch.device, run: Callable[[], Any] | None = None) -> str | None:
+    """SM clock, memory clock, power and temperature while `run` runs, if nvidia-smi is there to say so.
+
+    Without something to do a GPU slows down and saves power within milliseconds, which is not what was timed.
+    """
     if device.type != "cuda":
         return None
     fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
-    return _answer(
-        "nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={device.index or 0}"
-    )
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={_uuid(device)}"]
+    try:
+        asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return None
+    end = time.monotonic() + 10
+    with asked:
+        while asked.poll() is None and time.monotonic() < end:
+            if run is None:
+                time.sleep(0.01)
+            else:
+                run()
+                torch.cuda.synchronize(device)
+        asked.kill()
+        answer = asked.communicate()[0].strip()
+    return answer if asked.returncode == 0 else None
+
+
+def _uuid(device: torch.device) -> str:
+    """What nvidia-smi calls a GPU; its numbers are others than PyTorch's under CUDA_VISIBLE_DEVICES."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return f"GPU-{uuid}" if uuid else str(device.index or 0)
 
 
 def _answer(*command: str) -> str | None:

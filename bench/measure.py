@@ -63,8 +63,8 @@ def measure(
         try:
             contestant = _Contestant(peer(case, problem), problem, judge.gradients)
             verdict = judge.verdict(contestant, is_ours=name.startswith(OURS))
-        except (UnavailableError, NotImplementedError, RuntimeError) as error:  # out of memory is one, too
-            yield from (for_all(d, status="n/a", reason=_first_line(error)) for d in directions)
+        except Exception as error:  # whatever other people's code raises: out of memory, a compiler's words
+            yield from (for_all(d, status="n/a", reason=_reason(error)) for d in directions)
             continue
         contestant.record = functools.partial(
             for_all,
@@ -83,9 +83,9 @@ def measure(
             try:
                 runs[name] = contestant.run(direction)
                 runs[name]()
-            except RuntimeError as error:  # room for one pass is not room for everybody's
+            except Exception as error:  # room for one pass is not room for everybody's
                 runs.pop(name, None)
-                yield contestant.record(direction, status="n/a", reason=_first_line(error))
+                yield contestant.record(direction, status="n/a", reason=_reason(error))
         samples = in_turns(runs, device, turns=effort.turns, budget_s=effort.budget_s)
         for name, run in runs.items():
             record = passed[name].record(direction)
@@ -103,8 +103,9 @@ class _Verdict(NamedTuple):
 class _Judge:
     """The oracle's answer for a part of a problem, and the judgement of others by it.
 
-    The part: the first batch entry and key head, with all its query heads, or one where that is a lot to ask;
-    then dk and dv, sums over the group, are not judged.
+    The part: the last batch entry and key head, which is the farthest in memory and, with padding, the
+    shortest; with all its query heads, or one where that is a lot to ask; then dk and dv, sums over the
+    group, are not judged.
     """
 
     def __init__(self, problem: Problem, gradients: bool) -> None:
@@ -113,14 +114,14 @@ class _Judge:
         self.gradients = gradients
         self.whole_group = group * inputs.q.shape[2] * inputs.k.shape[2] <= LARGEST_TRUTH
         self.heads = group if self.whole_group else 1
-        options: AttentionOptions = {**problem.options, "key_lengths": _first(inputs.key_lengths)}
-        options["mask"] = None if inputs.mask is None else inputs.mask[:1, : self.heads]
+        options: AttentionOptions = {**problem.options, "key_lengths": _last(inputs.key_lengths)}
+        options["mask"] = None if inputs.mask is None else inputs.mask[-1:, -self.heads :]
         self.part = problem._replace(
-            q=problem.q[:1, : self.heads],
-            k=problem.k[:1, :1],
-            v=problem.v[:1, :1],
-            dout=problem.dout[:1, : self.heads],
-            dlse=problem.dlse[:1, : self.heads],
+            q=problem.q[-1:, -self.heads :],
+            k=problem.k[-1:, -1:],
+            v=problem.v[-1:, -1:],
+            dout=problem.dout[-1:, -self.heads :],
+            dlse=problem.dlse[-1:, -self.heads :],
             options=options,
         )
         self.oracle = expected(self.part, NO_LSE)
@@ -128,12 +129,12 @@ class _Judge:
     def verdict(self, contestant: _Contestant, is_ours: bool) -> _Verdict:
         """Ours has to keep the error budget. For others the field's own rule will do, with a remark."""
         out, *gradients = contestant.results()
-        results = Results(out[:1, : self.heads])
+        results = Results(out[-1:, -self.heads :])
         if gradients:
             dq, dk, dv = gradients
-            results = results._replace(dq=dq[:1, : self.heads])
+            results = results._replace(dq=dq[-1:, -self.heads :])
             if self.whole_group:
-                results = results._replace(dk=dk[:1, :1], dv=dv[:1, :1])
+                results = results._replace(dk=dk[-1:, -1:], dv=dv[-1:, -1:])
         findings = budget.measure(results, self.oracle, contestant.ready.arithmetic)
         reason = "; ".join(str(finding) for finding in findings if not finding.ok)
         is_wrong = bool(reason)
@@ -144,12 +145,16 @@ class _Judge:
         return _Verdict(is_wrong, reason, {x.output: round(x.constant, 3) for x in findings})
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _reason(error: Exception) -> str:
+    """Its first line; the type, too, where it is not one that says all there is to say."""
+    line = str(error).strip().partition("\n")[0]
+    if isinstance(error, (UnavailableError, NotImplementedError, RuntimeError)) and line:
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
-def _first(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x[:1]
+def _last(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x[-1:]
 
 
 class _Contestant:
@@ -202,7 +207,7 @@ def _timed(
         of_matmul=_digits(tflops / roofs.matmul),
         of_copy=_digits(gbs / roofs.copy),
         peak_bytes=_gpu_peak(run, device),
-        clocks=clocks(device),
+        clocks=clocks(device, run),
     )
 
 

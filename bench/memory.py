@@ -7,11 +7,12 @@ prints the bytes above what a short sequence takes. On Linux, or on a GPU.
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,25 +32,46 @@ DENSE_BYTES = 6
 SHORT = 512
 
 
-def curve() -> Iterator[Peak]:
-    """Ours, which knows a window, beside PyTorch's, which needs it as a dense mask; 1k to 32k."""
-    for seqlen in SEQLENS:
-        case = replace(CURVE, seqlen_q=seqlen, seqlen_k=seqlen)
-        for peer in (OURS, DENSE):
-            needed = DENSE_BYTES * seqlen**2 if peer == DENSE else 0
-            if needed > 0.7 * _free_bytes():
-                reason = f"takes about {needed / 2**30:.0f} GiB, {_free_bytes() / 2**30:.0f} are free"
-                yield Peak(case.name, seqlen, peer, reason=reason)
-                continue
-            yield peak(case, torch.float32, peer)
+def curve() -> list[Peak]:
+    """Ours, which knows a window, beside PyTorch's, which needs it as a dense mask; 1k to 32k.
+
+    On a CPU two at a time where there is room, each on one thread: with one head there is little to share,
+    and threads that wait for each other after every product would take minutes beside anything else.
+    """
+    points = [
+        (replace(CURVE, seqlen_q=seqlen, seqlen_k=seqlen), peer)
+        for seqlen in SEQLENS
+        for peer in (OURS, DENSE)
+    ]
+    room = 0.7 * _free_bytes()
+    together = 1 if torch.cuda.is_available() or sum(_needed_bytes(*point) for point in points) > room else 2
+    longest_first = sorted(points, key=lambda point: _needed_bytes(*point), reverse=True)
+    with ThreadPoolExecutor(together) as pool:
+        found = {point: pool.submit(_peak_if_it_fits, *point, room) for point in longest_first}
+        return [found[point].result() for point in points]
 
 
-def peak(case: Case, dtype: torch.dtype, peer: str) -> Peak:
-    """Measure one peer on one case, forward and backward, inputs included."""
+def _needed_bytes(case: Case, peer: str) -> int:
+    """What a dense mask takes; the rest is little beside it."""
+    return DENSE_BYTES * case.seqlen_k**2 if peer == DENSE else 0
+
+
+def _peak_if_it_fits(case: Case, peer: str, room: float) -> Peak:
+    needed = _needed_bytes(case, peer)
+    if needed > room:
+        free = room / 0.7
+        reason = f"takes about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
+        return Peak(case.name, case.seqlen_k, peer, reason=reason)
+    return peak(case, torch.float32, peer, threads=1)
+
+
+def peak(case: Case, dtype: torch.dtype, peer: str, threads: int | None = None) -> Peak:
+    """Measure one peer on one case, forward and backward, inputs included; on as many threads as here."""
     done = subprocess.run(
         [sys.executable, "-m", "undivided.bench.memory"],
         input=pickle.dumps((case, dtype, peer)),
         capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads or torch.get_num_threads())},
     )
     if done.returncode == 0:
         return Peak(case.name, case.seqlen_k, peer, int(done.stdout))

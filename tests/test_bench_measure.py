@@ -124,7 +124,7 @@ class TestMemoryCurve:
 
     @pytest.fixture(autouse=True)
     def _measured(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def peak(case: Case, dtype: torch.dtype, peer: str) -> Peak:
+        def peak(case: Case, dtype: torch.dtype, peer: str, threads: int) -> Peak:
             return Peak(case.name, case.seqlen_k, peer, case.seqlen_k)
 
         monkeypatch.setattr(memory, "peak", peak)
