@@ -210,10 +210,10 @@ def html(results: Results, changes: Sequence[Change] = (), remarks: Sequence[str
         _section("Memory", PEAK_COLUMNS, _peak_rows(results.peaks), peaks, _named(images, "memory")),
         _section("Host time", ("call", "us"), list(results.host_us.items())),
         _section("Not measured, or with a remark", ("what",), [[line] for line in absences(results)]),
-        _section("Every time", DETAIL_COLUMNS, _detail_rows(results.records)),
         _section("Sources of the shapes", ("case", "source"), list(results.sources.items())),
         _section("Roofs", ("what", "measured"), _roof_rows(results.roofs)),
         _section("Surroundings", ("what", "is"), environment),
+        _section("Every time", DETAIL_COLUMNS, _detail_rows(results.records)),
     ]
     return page("undivided bench", [section for section in sections if section.rows or section.text])
 

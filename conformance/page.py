@@ -93,7 +93,7 @@ table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabula
 th, td { text-align: left; padding: .2rem 1.1rem .2rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 th { font-weight: 600; color: var(--quiet); vertical-align: bottom; }
-td:first-child { min-width: 9rem; }
+th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; min-width: 9rem; }
 .figure { text-align: right; } td.figure { white-space: nowrap; }
 .good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; white-space: nowrap; }
 td.bad:first-child { white-space: normal; }
