@@ -246,7 +246,7 @@ def _write(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         results.write(found, folder / "results.json")
-        (folder / "report.html").write_text(report.html(found, changes, remarks))
+        (folder / "report.html").write_text(report.html(found, changes, remarks), encoding="utf-8")
         for name, image in pictures(found):
             (folder / f"{name}.png").write_bytes(image)
     except OSError as error:

@@ -126,7 +126,7 @@ class Change(NamedTuple):
 
 def write(results: Results, path: Path) -> None:
     """As JSON, without what is None or empty."""
-    path.write_text(json.dumps(as_dict(results), indent=1) + "\n")
+    path.write_text(json.dumps(as_dict(results), indent=1) + "\n", encoding="utf-8")
 
 
 def as_dict(x: Any) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def read(path: Path) -> Results:
         ResultsError: it cannot be read, or something in it is missing, unknown or of another type.
     """
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ResultsError(f"{path}: {error}") from None
     if not isinstance(document, dict) or document.pop("schema", None) != SCHEMA:

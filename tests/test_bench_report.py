@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import html.parser
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,3 +272,21 @@ def test_a_sweep_is_drawn_over_lengths() -> None:
     cases = [shapes.SHAPES[f"fa3-hd64-{n}"].case("causal", "cuda") for n in (512, 1024, 2048)]
     found = Results({}, records=tuple(record(case=case.name) for case in cases))
     assert "speed-fa3-hd64-causal-float32-forward" in dict(plots.pictures(found))
+
+
+def test_the_page_is_in_the_encoding_that_it_names(tmp_path: Path) -> None:
+    """Where the machine's own is another, a ≥ would be two wrong letters, or an error after minutes."""
+    code = (
+        "import argparse, pathlib, sys\n"
+        "from undivided.bench import command\n"
+        "parser = argparse.ArgumentParser()\n"
+        "command.add_arguments(parser)\n"
+        "sys.exit(command.main(parser.parse_args(sys.argv[1:])))\n"
+    )
+    results.write(FOUND, tmp_path / "r.json")
+    arguments = ["--load", str(tmp_path / "r.json"), "--output", str(tmp_path)]
+    plain = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    plain["PYTHONIOENCODING"] = "utf-8"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env=plain, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "≥ 0.95" in (tmp_path / "report.html").read_text(encoding="utf-8")
