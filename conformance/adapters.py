@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels import dispatch
 from ..kernels.spec import DTYPES
-from . import library_adapters, torch_adapters
+from . import library_adapters, multihead_adapters, torch_adapters
 from .budget import Arithmetic
 from .cases import Case, Problem
 from .target import EVERYTHING, Target, as_code, claim, target
@@ -63,6 +63,8 @@ ADAPTERS: dict[str, Maker] = {
     **{f"torch-{name}": partial(torch_adapters.sdpa, name) for name in torch_adapters.BACKENDS},
     "torch-flex": torch_adapters.flex,
     "torch-flex-compiled": torch_adapters.flex_compiled,
+    "torch-mha": partial(multihead_adapters.multihead, False),
+    "torch-mha-weights": partial(multihead_adapters.multihead, True),
     "transformers-eager": library_adapters.transformers_eager,
     "flash-attn2": library_adapters.flash_attn2,
     "flash-attn3": library_adapters.flash_attn3,

@@ -18,9 +18,11 @@ from undivided import attention
 from undivided.conformance.adapters import ADAPTERS, UnknownTargetError, resolve
 from undivided.conformance.cases import CASES, Case
 from undivided.conformance.check import Question, ask, check
+from undivided.conformance.probes import probe
 
 RUN_HERE = ["undivided-auto", "undivided-reference", "undivided-fallback"]
 RUN_HERE += ["torch-sdpa", "torch-math", "torch-flash", "torch-flex", "transformers-eager"]
+MULTIHEAD = ["torch-mha", "torch-mha-weights"]
 
 
 @pytest.mark.parametrize("name", RUN_HERE)
@@ -232,7 +234,7 @@ def test_a_device_that_cannot_is_named(name: str) -> None:
 def test_every_adapter_is_tested_here() -> None:
     """A name added to the list that no test has ever called."""
     elsewhere = {"undivided-triton", "torch-efficient", "torch-cudnn", "torch-flex-compiled"}
-    assert {*RUN_HERE, *STAND_INS} | elsewhere == set(ADAPTERS)
+    assert {*RUN_HERE, *MULTIHEAD, *STAND_INS} | elsewhere == set(ADAPTERS)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +253,17 @@ def test_the_mask_of_transformers_hides_nothing_from_an_empty_row() -> None:
         resolve("transformers-eager", "cpu", dtypes=(torch.float32,)), device="cpu", only="values, mask"
     )
     assert "mask nothing qk" in {name for failure in report.failures for name in failure.names}
+
+
+def test_multihead_attention_disagrees_with_itself_about_empty_rows() -> None:
+    """Who asks it for weights gets NaN where a row sees nothing, who does not gets none."""
+    question, words = "a row that sees nothing, by mask", []
+    for name in MULTIHEAD:
+        assert check(resolve(name, "cpu", dtypes=(torch.float32,)), device="cpu", only="values, bias bq").ok
+        found = {o.question: o for o in probe(resolve(name, "cpu", dtypes=(torch.float32,)))}
+        assert found["a boolean mask"].ok, found["a boolean mask"].found
+        words.append(found[question].found)
+    assert words == ["out 0, gradients 0", "out NaN, gradients NaN"]
 
 
 def test_dropout_follows_the_seed_and_leaves_the_generator() -> None:
