@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_claim,
         metavar="NAME[=VALUE]",
         help="what the function takes, may be repeated: --claim causal --claim gqa --claim backward=false "
-        f"--claim head_dims=64,128. One of {', '.join(field.name for field in fields(Capabilities))}",
+        f"--claim head_dims=64,128. Claimed unless it is made false: {_claims(True)}. To be claimed: "
+        f"{_claims(False)}. Further: {_claims(None)}",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument(
@@ -137,6 +138,14 @@ def _target(options: argparse.Namespace) -> tuple[Target, torch.device]:
             raise CheckError(f"{target.name} claims {names}, not {', '.join(options.dtype)}")
         target = replace(target, capabilities=replace(target.capabilities, dtypes=dtypes))
     return target, device
+
+
+def _claims(default: bool | None) -> str:
+    """The capabilities that are True or False by default, or something else."""
+    found = (
+        f for f in fields(Capabilities) if (f.default if isinstance(f.default, bool) else None) is default
+    )
+    return ", ".join(field.name for field in found)
 
 
 def _device(name: str | None) -> torch.device:

@@ -136,9 +136,10 @@ def poisoned_allocations() -> Iterator[Watch]:
 
 def _with_canaries(x: Tensor, watch: Watch, empty: Callable[..., Tensor]) -> Tensor:
     """The same, where its memory is its own and can be moved; no view, since nobody's views are."""
-    ordinary = type(x) is Tensor and x.layout == torch.strided and x.device.type in ("cpu", "cuda")
-    whole = ordinary and x.storage_offset() == 0 and x.numel() > 0 and not x.is_pinned()
-    if not whole or torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if traced or type(x) is not Tensor or x.layout != torch.strided or x.device.type not in ("cpu", "cuda"):
+        return x
+    if x.storage_offset() != 0 or x.numel() == 0 or x.is_pinned():
         return x
     length = x.untyped_storage().nbytes() // x.itemsize
     buffer = poison(empty(length + 2 * CANARIES, dtype=x.dtype, device=x.device))

@@ -96,6 +96,8 @@ _KINDS = (
     Kind("compiled agrees with eager", safety.compiles, CANARIES, "turns", "compiles", full_only=True),
 )
 CHECKS = {kind.name: kind.run for kind in _KINDS}
+CLAIMED = {kind.name: kind.claim for kind in _KINDS if kind.claim}
+"""The claim without which a check is not made."""
 
 
 class Question(NamedTuple):

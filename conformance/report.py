@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .page import Section, page
+from .questions import CLAIMED
 from .verdict import Report, dtype_name
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ def sections(report: Report) -> list[Section]:
 def title(report: Report) -> str:
     good = sum(verdict.ok for verdict in report.verdicts)
     verdict = "right" if report.ok else "WRONG"
-    return f"{report.target}: {verdict}, {good} of {len(report.verdicts)} questions passed"
+    other = sum(observation.ok is False for observation in report.observations)
+    means = f"; it means {other} of {len(report.observations)} things otherwise than it claims" * bool(other)
+    return f"{report.target}: {verdict}, {good} of {len(report.verdicts)} questions passed{means}"
 
 
 def facts(report: Report) -> str:
@@ -132,6 +135,8 @@ def _failures(report: Report) -> list[Section]:
         names = ", ".join(failure.names[:NAMED])
         more = len(failure.names) - NAMED
         where = f"Cases: {names}" + (f", and {more} more" if more > 0 else "") + "."
+        if failure.check in CLAIMED:
+            where += f" Not asked of who does not claim it: {CLAIMED[failure.check]}=false."
         code = "\n".join(f"    {line}" for line in failure.code.splitlines())
         words = f"{where}\n\n{dtype_name(failure.dtype)}, smallest case: {failure.detail}\n\n{code}"
         found.append(Section(f"{BAD} {failure.check}: {failure.cause}", words))
