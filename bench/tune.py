@@ -151,6 +151,7 @@ def timed(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _call(candidate: Candidate, device: torch.device) -> Run:
     """The kernel with these tiles; what it needs of a forward pass is computed before."""
+    from ..kernels.spec import Needs
     from ..kernels.triton import attention_backward, attention_forward
     from ..kernels.triton.config import TileConfig
 
@@ -163,7 +164,7 @@ def _call(candidate: Candidate, device: torch.device) -> Run:
     out, lse = problem.dout.clone(), problem.dlse.clone()
     if device.type == "cuda":
         out, lse = attention_forward(inputs, spec)
-    needs = (True, False, False, False) if candidate.kernel == "dq" else (False, True, True, False)
+    needs = Needs(dq=True) if candidate.kernel == "dq" else Needs(dk=True, dv=True)
     tiles: Any = {candidate.kernel: config}
     return lambda: attention_backward(problem.dout, None, out, lse, inputs, spec, needs, tiles)
 

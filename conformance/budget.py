@@ -23,7 +23,7 @@ ROUNDINGS: dict[Arithmetic, float] = {"kernel": 2.0, "wide": 1.0}
 then dq or dk; and delta inherits the two of out, weighted by A. It does not rely on errors that cancel
 over many channels: with one value channel, or one that outweighs the others, nothing cancels."""
 
-FULL_PRECISION = {"out": 4.0, "dq": 2.0, "dk": 5.0, "dv": 16.0, "dbias": 5.0}
+FULL_PRECISION = {"out": 4.0, "dq": 2.0, "dk": 5.0, "dv": 16.0, "dbias": 5.0, "dsinks": 5.0}
 """C where nothing is narrower than the accumulation (float32, float64). Sums of n terms have no useful
 a-priori bound, so these are measured ones over the distributions of this room, rounded up."""
 

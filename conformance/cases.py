@@ -52,6 +52,7 @@ class Case:
     mask: Extra | None = None
     bias: Extra | None = None
     softcap: float | None = None
+    sinks: bool = False
     dropout_p: float = 0.0
     scale: float | None = None
     layout: str = "bhsd"
@@ -87,6 +88,9 @@ class Case:
             bias = torch.randn(_shape(self.bias.axes, sizes), generator=generator)
             bias = BIASES[self.bias.pattern](bias, generator)
             options["bias"] = _squeezed(bias).to(device, self.bias.dtype or dtype)
+        if self.sinks:
+            sinks = torch.randn(self.heads_q, generator=generator)
+            options["sinks"] = sinks.to(device, dtype)
         return Problem(q, k, v, options, dout, dlse.to(device), self.top_left)
 
 
@@ -238,6 +242,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mask": {"mask": Extra("empty_rows")},
     "bias": {"bias": Extra(axes="hqk")},
     "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
     "dropout": {"dropout_p": 0.3},
     "scale": {"scale": -0.4},
     "gqa": {"heads_q": 4},
@@ -295,6 +300,7 @@ def _numbers() -> list[Case]:
     options = [Case(f"scale {x:g}", scale=x) for x in scales]
     options += [Case(f"softcap {x:g}", softcap=x, scale=1.0) for x in (0.5, 30.0)]
     options += [Case(f"dropout {p:g}", dropout_p=p) for p in (0.1, 1.0)]
+    options += [Case("sinks, rows without keys", sinks=True, seqlen_q=50, seqlen_k=20, causal=True, batch=2)]
     kinds = ["uniform", "peaky", "tiny", "mean_v", "ones_v", "low_rank", "outlier_channel"]
     numbers = [Case(f"{kind} numbers", distribution=kind, head_dim=64, seqlen_k=65) for kind in kinds]
     layouts = [Case(f"layout {x}", layout=x, batch=2, heads_q=4, seqlen_q=17) for x in LAYOUTS if x != "bhsd"]

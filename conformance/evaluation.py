@@ -12,13 +12,16 @@ from .target import Capabilities, Target
 
 
 def evaluate(target: Target, problem: Problem) -> Results:
-    """What the target claims to compute: out, lse, and the gradients of q, k, v and bias through both."""
-    claims, options, bias = target.capabilities, problem.options, problem.options.get("bias")
-    leaves = [x.detach().requires_grad_(claims.backward) for x in problem[:3]]
-    if bias is not None and claims.bias_gradient:
-        leaves.append(bias.detach().requires_grad_(claims.backward))
-        options = {**options, "bias": leaves[-1]}
-    q, k, v = leaves[:3]
+    """What the target claims to compute: out, lse, and the gradients of its inputs through both."""
+    claims, options = target.capabilities, problem.options
+    q, k, v = leaves = [x.detach().requires_grad_(claims.backward) for x in problem[:3]]
+    names = ["q", "k", "v"]
+    for name, claimed in (("bias", claims.bias_gradient), ("sinks", claims.sinks)):
+        x = options.get(name)
+        if isinstance(x, Tensor) and claimed:
+            leaves = [*leaves, x.detach().requires_grad_(claims.backward)]
+            options = {**options, name: leaves[-1]}  # type: ignore[misc]
+            names.append(name)
     out, lse = target.attend(problem._replace(q=q, k=k, v=v, options=options))
     rows = tuple(q.shape[:3])
     _require_tensor("out", out, (*rows, v.shape[3]))
@@ -35,12 +38,12 @@ def evaluate(target: Target, problem: Problem) -> Results:
         assert lse is not None
         require(lse.requires_grad, "a gradient of lse is claimed, and lse carries none")
         outputs, grads = [out, lse], [problem.dout, problem.dlse]
-    found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
-    for name, x in zip(("q", "k", "v", "bias"), found):
+    found = dict(zip(names, torch.autograd.grad(outputs, leaves, grads, allow_unused=True)))
+    for name, x in found.items():
         require(x is not None, f"no gradient comes back to {name}")
-    dq, dk, dv, *dbias = found
-    four_axes = [x[(None,) * (4 - x.ndim)] for x in dbias]
-    return Results(*results[:2], dq, dk, dv, *four_axes)
+    if "bias" in found:
+        found["bias"] = found["bias"][(None,) * (4 - found["bias"].ndim)]
+    return Results(results.out, results.lse, **{f"d{name}": x for name, x in found.items()})
 
 
 def _require_tensor(name: str, x: object, shape: tuple[int, ...]) -> None:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import reference
-from ..kernels.spec import AttentionSpec, Inputs
+from ..kernels import dispatch, reference
+from ..kernels.spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs
 
 ACCUMULATION_ROUNDOFF = {
     torch.float16: 2.0**-24,
@@ -33,6 +33,7 @@ class Results(NamedTuple):
     dk: Tensor | None = None
     dv: Tensor | None = None
     dbias: Tensor | None = None
+    dsinks: Tensor | None = None
 
 
 class Oracle(NamedTuple):
@@ -62,7 +63,8 @@ def solve(
         A_i = Σ_d |dout| cond(out)               T = p·(|D·dp - delta + dlse| + A + |dlse|)
         cond(dq) = |scale|·Σ_j c·T|k|            cond(dk) = |scale|·Σ_i c·T|q|        cond(dbias) = T
 
-    dk and dv are summed over the query heads of a group, dbias over the axes that bias broadcasts.
+    dk and dv are summed over the query heads of a group, dbias over the axes that bias broadcasts. A sink is
+    a score with a probability of its own and dp = 0: cond(dsinks) = Σ T over batch and rows.
     dlse is subtracted from delta, hence its place beside A. Dropout only rescales: its bits are
     exact. c is softcap's derivative 1 - t² with t = tanh; scores are never rounded to 16 bits, so it
     enters as it is, except that the subtraction leaves an error of the accumulation's roundoff
@@ -78,14 +80,18 @@ def solve(
     dout = exact.q.new_zeros(*rows, exact.v.shape[3]) if dout is None else dout.double()
     dlse = exact.q.new_zeros(rows) if dlse is None else dlse.double()
     value = _answer(exact, spec, dout, dlse)
+    assert value.out is not None
     assert value.lse is not None
     ds = _score_gradient(exact, spec, dout, dlse)
     p, kept = _probabilities(exact, spec)
 
-    lse = value.lse[..., None]
-    q, dout, dlse, exponent = (
-        torch.where(lse > -torch.inf, x, 0.0) for x in (exact.q, dout, dlse[..., None], lse.abs())
-    )
+    lse, dlse = value.lse[..., None], dlse[..., None]
+    alive = reference.attention(exact, spec)[1][..., None] > -torch.inf
+    q, dout, exponent = (torch.where(alive, x, 0.0) for x in (exact.q, dout, lse.abs()))
+    at_sinks = None
+    if exact.sinks is not None:
+        share = torch.exp(exact.sinks[:, None, None] - lse)  # 1 in a row without keys
+        at_sinks = share * ((dout * value.out).sum(-1, keepdim=True) - dlse).abs()
     group = rows[1] // max(heads_kv, 1)
     seen = p.reshape(rows[0], heads_kv, group * rows[2], p.shape[-1]).gt(0).any(2)[..., None]
     k, v = (torch.where(seen, x, 0.0).repeat_interleave(group, 1) for x in (exact.k, exact.v))
@@ -95,47 +101,59 @@ def solve(
     weight = exponent + (level.amax(-1, keepdim=True) if level.shape[-1] else 0.0)
     q, k, v, dout = q.abs(), k.abs(), v.abs(), dout.abs()
 
-    def sums(kept: Tensor, scaled: Tensor, terms: Tensor) -> Results:
-        """out, dq, dk, dv and dbias, given what stands for P, dS·scale and dS in them."""
+    def sums(kept: Tensor, scaled: Tensor, terms: Tensor, at_sinks: Tensor | None) -> Results:
+        """All but lse, given what stands for P, dS·scale and dS in them, and for the sinks' dS."""
         return Results(
             out=kept @ v,
             dq=scaled @ k,
             dk=_over_group(scaled.mT @ q, heads_kv),
             dv=_over_group(kept.mT @ dout, heads_kv),
             dbias=None if exact.bias is None else terms.sum_to_size(exact.bias.shape),
+            dsinks=None if at_sinks is None else at_sinks.sum((0, 2, 3)),
         )
 
     loose = (dout * (kept @ v)).sum(-1, keepdim=True) + dlse.abs()
-    terms = ds.abs() + p * loose
+    terms = ds.abs() + p * torch.where(alive, loose, 0.0)
+    weight_of_sinks = weight
+    if exact.sinks is not None:
+        at_sinks = at_sinks + share * loose
+        weight_of_sinks = weight + exact.sinks.abs()[:, None, None]
     scaled = abs(spec.scale) * slope * terms
     visited, survived = (p > 0).double(), torch.where(p > 0, kept / p, 0.0)
     return Oracle(
         value,
-        cond=sums(kept, scaled, terms)._replace(lse=torch.ones_like(weight[..., 0])),
-        score_cond=sums(weight * kept, weight * scaled, weight * terms)._replace(lse=weight[..., 0]),
+        cond=sums(kept, scaled, terms, at_sinks)._replace(lse=torch.ones_like(weight[..., 0])),
+        score_cond=sums(
+            weight * kept,
+            weight * scaled,
+            weight * terms,
+            None if at_sinks is None else weight_of_sinks * at_sinks,
+        )._replace(lse=weight_of_sinks[..., 0]),
         # whether the scale comes before or after the rounding of dS is the implementation's business
-        underflow=sums(survived, max(abs(spec.scale), 1.0) * visited, 0 * terms)._replace(
-            lse=0 * dlse[..., 0]
-        ),
+        underflow=sums(
+            survived,
+            max(abs(spec.scale), 1.0) * visited,
+            0 * terms,
+            None if at_sinks is None else 0 * at_sinks,
+        )._replace(lse=0 * dlse[..., 0]),
         dtype=dtype,
     )
 
 
 def _double(inputs: Inputs) -> Inputs:
-    bias = None if inputs.bias is None else inputs.bias.detach().double()
-    q, k, v = (x.detach().double() for x in inputs[:3])
-    return inputs._replace(q=q, k=k, v=v, bias=bias)
+    given = (None if x is None else x.detach().double() for x in inputs[:N_GRADIENTS])
+    return Inputs(*given, *inputs[N_GRADIENTS:])
 
 
 def _answer(inputs: Inputs, spec: AttentionSpec, dout: Tensor, dlse: Tensor) -> Results:
     """The reference and its gradients."""
-    leaves = [x.requires_grad_() for x in (*inputs[:3], inputs.bias) if x is not None]
+    leaves = {name: x.requires_grad_() for name, x in zip(Gradients._fields, inputs) if x is not None}
     with torch.enable_grad():
-        out, lse = reference.attention(inputs, spec)
-    grads = torch.autograd.grad((out, lse), leaves, (dout, dlse))
-    for x in leaves:
+        out, lse = dispatch.run(inputs, spec, "reference")
+    grads = torch.autograd.grad((out, lse), [*leaves.values()], (dout, dlse))
+    for x in leaves.values():
         x.requires_grad_(False)
-    return Results(out.detach(), lse.detach(), *grads)
+    return Results(out.detach(), lse.detach(), **dict(zip(leaves, grads)))
 
 
 def _probabilities(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:

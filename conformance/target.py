@@ -57,6 +57,7 @@ class Capabilities:
     any_bias_dtype: bool = False
     bias_gradient: bool = False
     softcap: bool = False
+    sinks: bool = False
     dropout: bool = False
     same_dropout: bool = False
     lse: bool = False
@@ -132,6 +133,7 @@ class Target:
             "bias": claims.bias or case.bias is None,
             "any_bias_dtype": claims.any_bias_dtype or case.bias is None or case.bias.dtype in (None, dtype),
             "softcap": claims.softcap or case.softcap is None,
+            "sinks": claims.sinks or not case.sinks,
             "dropout": claims.same_dropout or case.dropout_p == 0.0,
             "empty_rows": claims.empty_rows or not case.build(torch.float32).has_empty_rows(),
         }
@@ -142,7 +144,7 @@ def target(function: Callable[..., Any], name: str | None = None, **capabilities
     """A function `fn(q, k, v, **options) -> out or (out, lse)` with this package's names and layout.
 
     Only the options that a problem has are passed, out of `undivided.attention`'s: causal, window, mask,
-    key_lengths, bias, softcap, scale, dropout_p and seed. q, k, v: (batch, heads, seqlen, head_dim).
+    key_lengths, bias, softcap, sinks, scale, dropout_p and seed. q, k, v: (batch, heads, seqlen, head_dim).
     capabilities: fields of `Capabilities`.
 
     Raises:

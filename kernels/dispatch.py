@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .sinks import lse_of_empty_rows
 from .spec import IMPLEMENTATIONS, AttentionSpec, Inputs
 from .tracing import constant_when_traced
 
@@ -59,8 +60,12 @@ def choose(impl: str | None, inputs: Inputs, spec: AttentionSpec) -> str:
 def run(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]:
     """(out, lse) by what `choose` returned."""
     if impl == "reference":
-        return reference.attention(inputs, spec)
-    return ops.attention(inputs, spec, impl)
+        out, lse = reference.attention(inputs, spec)
+    else:
+        out, lse = ops.attention(inputs, spec, impl)
+    if inputs.sinks is not None and spec.want_lse:
+        lse = lse_of_empty_rows(lse, inputs.sinks)
+    return out, lse
 
 
 @constant_when_traced

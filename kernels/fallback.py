@@ -17,7 +17,8 @@ from .fallback_blocks import Block, FlashEngine, MatmulEngine, RowGradients
 from .fallback_plan import Part, Strip, plan
 from .masks import block_of, visible
 from .philox import keep_mask
-from .spec import AttentionSpec, Gradients, Inputs, like, seq_major
+from .sinks import gradient, join
+from .spec import AttentionSpec, Gradients, Inputs, Needs, like, seq_major
 
 Engine = type[FlashEngine] | type[MatmulEngine]
 
@@ -33,6 +34,8 @@ def attention_forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tens
     block = _whole_block(inputs, spec, engine)
     if block is not None:
         out, lse = engine.forward(block, spec)
+        if inputs.sinks is not None:
+            out, lse = join(out, lse, inputs.sinks)
         return _in_layout_of(q, out), lse.contiguous()
     problems = [*_problems(inputs, spec, engine, poison=(inputs.k, v))]
     if len(problems) == 1 and [x.rows for x in problems[0].strips] == [slice(0, q.shape[2])]:
@@ -54,29 +57,33 @@ def attention_backward(
     lse: Tensor,
     inputs: Inputs,
     spec: AttentionSpec,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Needs,
 ) -> Gradients:
-    """Gradients of out and lse in q, k, v and bias, as far as `needs` asks; deterministic.
+    """Gradients of out and lse, as far as `needs` asks; deterministic.
 
     Each block gives its exact share, because lse and out are those of the whole row; the shares are
     summed in float32 or wider and rounded once.
     """
     spec = spec._replace(want_lse=True)  # nothing is narrow in backward
     q, k, v, bias = inputs[:4]
-    engine: Engine = FlashEngine if FlashEngine.takes(inputs, spec) and not needs[3] else MatmulEngine
+    dsinks = None
+    if inputs.sinks is not None and needs.dsinks:
+        dsinks = gradient(_delta(dout, dlse, out), lse, inputs.sinks)
+    engine: Engine = FlashEngine if FlashEngine.takes(inputs, spec) and not needs.dbias else MatmulEngine
     block = _whole_block(inputs, spec, engine)
     if block is not None:
         _, rows = _silence_empty_rows(q, RowGradients(dout, dlse, out, lse))
         share = engine.backward(block, rows, spec, False)
         return Gradients(
-            _in_layout_of(q, share.dq) if needs[0] else None,
-            _in_layout_of(k, share.dk) if needs[1] else None,
-            _in_layout_of(v, share.dv) if needs[2] else None,
+            _in_layout_of(q, share.dq) if needs.dq else None,
+            _in_layout_of(k, share.dk) if needs.dk else None,
+            _in_layout_of(v, share.dv) if needs.dv else None,
             None,
+            dsinks,
         )
     dq, dk, dv, dbias = (
         None if x is None or not need else torch.zeros(x.shape, dtype=_wide(q), device=q.device)
-        for x, need in zip((q, k, v, bias), needs, strict=True)
+        for x, need in zip((q, k, v, bias), needs[:4], strict=True)
     )
     for problem in _problems(inputs, spec, engine, poison=(q, k, v, dout)):
         for strip in problem.strips:
@@ -85,7 +92,7 @@ def attention_backward(
             q_rows, rows = _silence_empty_rows(problem.inputs.q[:, :, strip.rows], rows)
             for part in strip.parts:
                 block = _block(problem, strip, part, q_rows, _wide(q))
-                share = engine.backward(block, rows, spec, needs[3])
+                share = engine.backward(block, rows, spec, needs.dbias)
                 there = (problem.entries, slice(None), part.cols)
                 if dq is not None:
                     dq[here] += share.dq
@@ -105,6 +112,7 @@ def attention_backward(
         None if dk is None else _in_layout_of(k, dk),
         None if dv is None else _in_layout_of(v, dv),
         None if dbias is None or bias is None else dbias.to(bias.dtype),
+        dsinks,
     )
 
 
@@ -185,7 +193,8 @@ def _forward_strip(problem: _Problem, engine: Engine, strip: Strip) -> tuple[Ten
     out, lse = engine.forward(_block(problem, strip, first, q, q.dtype if narrow else _wide(q)), problem.spec)
     for part in others:
         out, lse = _merge(out, lse, *engine.forward(_block(problem, strip, part, q, _wide(q)), problem.spec))
-    return out, lse
+    sinks = problem.inputs.sinks
+    return (out, lse) if sinks is None else join(out, lse, sinks)
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,6 +263,12 @@ def _seen(inputs: Inputs, spec: AttentionSpec, strips: tuple[Strip, ...]) -> Ten
             ok = ok[(None,) * (4 - ok.ndim)]
             seen[:, 0, part.cols, 0] |= ok.flatten(1, 2).any(1)
     return seen
+
+
+def _delta(dout: Tensor, dlse: Tensor | None, out: Tensor) -> Tensor:
+    """rowsum(dout·out) - dlse, in wide dtype."""
+    delta = (dout.to(_wide(out)) * out).sum(-1)
+    return delta if dlse is None else delta - dlse
 
 
 def _silence_empty_rows(q: Tensor, rows: RowGradients) -> tuple[Tensor, RowGradients]:

@@ -71,7 +71,7 @@ class FlashEngine:
     @staticmethod
     def takes_whole(inputs: Inputs, spec: AttentionSpec) -> bool:
         """Whether the problem is one block for one call, without a mask. Asked at every small call."""
-        q, k, _, bias, mask, key_lengths, _ = inputs
+        q, k, _, bias, _, mask, key_lengths, _ = inputs
         return (
             bias is None
             and mask is None
@@ -96,11 +96,11 @@ class FlashEngine:
         """Whether forward uses 16-bit operands as they are, where nobody wants lse to its last digit.
 
         Few rows wait for memory: converting all keys to float32 would take longer than the rest. Many are
-        worth it where the CPU has matrix instructions for them, and no parts need merging, which would
-        round twice.
+        worth it where the CPU has matrix instructions for them. Neither parts nor sinks may need merging,
+        which would round twice.
         """
         q = inputs.q
-        if spec.want_lse or q.element_size() != 2:
+        if spec.want_lse or q.element_size() != 2 or inputs.sinks is not None:
             return False
         return q.shape[2] <= _FEW_ROWS or (q.dtype == torch.bfloat16 and multiplies_bf16())
 

@@ -90,6 +90,8 @@ def attention(
         bias: float, added to the scores in float32; broadcasts like mask; differentiable.
         softcap: scores become softcap·tanh(scores / softcap) before the bias (Gemma 2 report, section 2);
             from 2**-60 to 2**60.
+        sinks: float (heads_q,): a logit per query head that joins the softmax's denominator and has no value;
+            differentiable.
         scale: any number up to 2**60 in magnitude; 1/sqrt(head_dim) by default.
         dropout_p: probability of dropping a weight, in [0, 1]; the others grow by 1/(1 - dropout_p).
         seed: int or int64 tensor that decides which are dropped; drawn from PyTorch's generator if None.
@@ -97,8 +99,9 @@ def attention(
         impl: "auto", "reference", "fallback" or "triton". None: the environment variable UNDIVIDED_IMPL,
             else "auto", which never raises for valid input; an order that cannot be followed raises.
 
-    mask, causal, window and key_lengths are ANDed. A row that sees nothing gives out 0, lse -inf and
-    zero gradients. Keys that no query of a batch entry may see can hold NaN: it reaches nothing.
+    mask, causal, window and key_lengths are ANDed. A row that sees nothing gives out 0, lse -inf (its sink,
+    if there are any) and zero gradients. Keys that no query of a batch entry may see can hold NaN: it reaches
+    nothing.
 
     Raises:
         ValueError, TypeError: an argument is not what it must be; the message names it.

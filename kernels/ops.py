@@ -22,7 +22,7 @@ from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
 from . import evidence, flops
-from .spec import AttentionSpec, Gradients, Inputs, like
+from .spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs, Needs, like
 
 NAMESPACE = "undivided"
 N_INPUTS, N_SPEC = len(Inputs._fields), len(AttentionSpec._fields)
@@ -44,14 +44,17 @@ _SCHEMA_TYPES = {
 
 
 def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]:
-    """(out, lse), differentiable once in q, k, v and bias."""
+    """(out, lse), differentiable once in what `Gradients` has; lse is -inf for a row without keys."""
     operator = _forward_op if _somebody_listens(inputs) else _forward
-    q, k, v, bias = inputs[:4]
+    q, k, v, *others = inputs[:N_GRADIENTS]
     function: Any = None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         function = _TransformableAttention
     elif torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or any(x is not None and x.requires_grad for x in others)
     ):
         function = _Attention
     if function is None:
@@ -163,12 +166,12 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Call the backward operator; one gradient per argument of forward."""
     *tensors, out, lse = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:4])
+    needs = list(ctx.needs_input_grad[:N_GRADIENTS])
     if dout is None:
         dout = torch.zeros_like(out)
     grads = operator(dout, dlse, out, lse, *tensors, *ctx.spec, ctx.impl, needs)
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
-    return (*wanted, *(None,) * (N_INPUTS - 4 + 2))
+    return (*wanted, *(None,) * (N_INPUTS - N_GRADIENTS + 2))
 
 
 # As PyTorch's own kernels: above it, a result that is a transposed view refuses to be edited in place.
@@ -195,7 +198,7 @@ def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args
         if _is_empty(inputs):
             return tuple(g.zero_() for g in _allocate_backward(dout, dlse, out, lse, *args))
         grads: Gradients = _first_that_compiles(
-            impl, "attention_backward", dout, dlse, out, lse, inputs, spec, tuple(needs)
+            impl, "attention_backward", dout, dlse, out, lse, inputs, spec, Needs(*needs)
         )
     return tuple(dout.new_empty(0) if g is None else g for g in grads)
 
@@ -214,9 +217,9 @@ def _allocate_backward(
     """Shapes, dtypes and strides of what `_backward` returns."""
     inputs, needs = Inputs(*args[:N_INPUTS]), args[-1]
     grads = [like(x, x.shape[3]) if need else dout.new_empty(0) for x, need in zip(inputs[:3], needs[:3])]
-    bias = inputs.bias
-    dbias = dout.new_empty(0) if bias is None or not needs[3] else bias.new_empty(bias.shape)
-    return (*grads, dbias)
+    for x, need in zip(inputs[3:N_GRADIENTS], needs[3:]):
+        grads.append(dout.new_empty(0) if x is None or not need else x.new_empty(x.shape))
+    return tuple(grads)
 
 
 def _is_empty(inputs: Inputs) -> bool:
@@ -281,14 +284,14 @@ def _vmap(
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     """Fold the mapped axis into the batch; `first` is where the tensors of Inputs start.
 
-    With a bias (its gradient is a sum over the batch of one example) or dropout (its bits depend on
-    the batch index within one example) the examples run one after the other.
+    With a bias or sinks (their gradients are sums over the batch of one example) or dropout (its bits
+    depend on the batch index within one example) the examples run one after the other.
     """
     size = info.batch_size
     inputs = Inputs(*args[first : first + N_INPUTS])
     n_tensors = first + N_INPUTS
     flat_dims = [*in_dims[:n_tensors]]
-    if inputs.bias is not None or inputs.seed is not None:
+    if any(x is not None for x in (inputs.bias, inputs.sinks, inputs.seed)):
         runs = [
             operator(
                 *(
@@ -331,8 +334,8 @@ for _name, _signature, _body, _fake, _vmap_rule in (
     ),
     (
         "backward",
-        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARGUMENTS}, bool[4] needs)"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
+        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARGUMENTS}, bool[{N_GRADIENTS}] needs)"
+        f" -> ({', '.join(['Tensor'] * N_GRADIENTS)})",
         _backward,
         _allocate_backward,
         _fold_vmap_backward,

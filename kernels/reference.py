@@ -17,8 +17,9 @@ from .spec import AttentionSpec, Inputs
 def attention(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """(out, lse) by the formula.
 
-    s = softcap·tanh(scale·q·kᵀ/softcap) + bias; p = softmax over visible keys; out = dropout(p)·v.
-    Computes in float32, or float64 for float64 inputs; out has q's dtype.
+    s = softcap·tanh(scale·q·kᵀ/softcap) + bias; p = softmax over visible keys and the sink;
+    out = dropout(p)·v. Computes in float32, or float64 for float64 inputs; out has q's dtype. lse is -inf for
+    a row that sees no key.
     """
     q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -43,8 +44,12 @@ def attention(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
 
     alive = ~(s == -torch.inf).all(-1, keepdim=True)
     s = torch.where(alive, s, 0.0)
+    if inputs.sinks is not None:
+        sinks = inputs.sinks.to(wide)[:, None, None]
+        s = torch.cat([s, sinks.expand(*s.shape[:3], 1)], dim=-1)
     lse = torch.logsumexp(s, dim=-1, keepdim=True)
     p = torch.softmax(s, dim=-1)  # not exp(s - lse): where |s| is large, lse has no digits left
+    p = p[..., : k.shape[2]]
     if spec.dropout_p > 0.0:
         p = _dropout(p, inputs, spec)
     out = torch.where(alive, p @ v, 0.0)

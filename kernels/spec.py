@@ -30,6 +30,7 @@ class AttentionOptions(TypedDict, total=False):
     key_lengths: Tensor | None
     bias: Tensor | None
     softcap: float | None
+    sinks: Tensor | None
     scale: float | None
     dropout_p: float
     seed: int | Tensor | None
@@ -44,6 +45,7 @@ DEFAULTS: AttentionOptions = {
     "key_lengths": None,
     "bias": None,
     "softcap": None,
+    "sinks": None,
     "scale": None,
     "dropout_p": 0.0,
     "seed": None,
@@ -58,13 +60,15 @@ class Inputs(NamedTuple):
     q: (batch, heads_q, seqlen_q, head_dim); k: (batch, heads_kv, seqlen_k, head_dim);
     v: (batch, heads_kv, seqlen_k, head_dim_v). Any strides.
     bias: float; mask: bool, True = may attend; both 4-D, each axis either 1 or its full size, so
-    that nothing broadcast is ever stored. key_lengths: int32 (batch,), dense. seed: int64 scalar tensor.
+    that nothing broadcast is ever stored. sinks: float (heads_q,). key_lengths: int32 (batch,), dense. seed:
+    int64 scalar tensor. The first ones can have gradients: those that `Gradients` has, in its order.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     bias: Tensor | None = None
+    sinks: Tensor | None = None
     mask: Tensor | None = None
     key_lengths: Tensor | None = None
     seed: Tensor | None = None
@@ -93,19 +97,33 @@ class AttentionSpec(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of one call; None where nobody asked. dbias has the shape and dtype of bias."""
+    """Gradients of one call; None where nobody asked. Each has the shape and dtype of its input."""
 
     dq: Tensor | None
     dk: Tensor | None
     dv: Tensor | None
     dbias: Tensor | None
+    dsinks: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which of `Gradients` somebody asks for."""
+
+    dq: bool = False
+    dk: bool = False
+    dv: bool = False
+    dbias: bool = False
+    dsinks: bool = False
+
+
+N_GRADIENTS = len(Gradients._fields)
 
 
 class AttentionStats(NamedTuple):
     """What a call with `want` returns; None for what was not asked.
 
     out: (batch, heads_q, seqlen_q, head_dim_v). lse: (batch, heads_q, seqlen_q) float32 (float64
-    for float64 inputs), natural logarithm of the softmax's denominator, -inf for an empty row.
+    for float64 inputs), natural logarithm of the softmax's denominator, -inf for an empty row, or its sink.
     """
 
     out: Tensor
@@ -141,6 +159,13 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
                 "a bool tensor that says who may attend goes into mask="
             )
         bias = _four_axes("bias", bias, target)
+    sinks = options["sinks"]
+    if sinks is not None:
+        check_tensor("sinks", sinks, q.device)
+        if sinks.dtype not in DTYPES:
+            raise TypeError(f"sinks must be a float tensor, got {sinks.dtype}")
+        if sinks.shape != (heads_q,):
+            raise ValueError(f"sinks must have shape (heads_q,) = ({heads_q},), got {tuple(sinks.shape)}")
     if key_lengths is not None:
         check_tensor("key_lengths", key_lengths, q.device)
         if key_lengths.dtype not in (torch.int32, torch.int64):
@@ -152,7 +177,7 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
         if options["check"]:
             _check_lengths(key_lengths, seqlen_k)
         key_lengths = key_lengths.clamp(0, seqlen_k).to(torch.int32).expand(batch).contiguous()
-    return Inputs(q, k, v, bias, mask, key_lengths, _make_seed(q, options))
+    return Inputs(q, k, v, bias, sinks, mask, key_lengths, _make_seed(q, options))
 
 
 def make_spec(

@@ -43,7 +43,7 @@ import json, torch
 from triton import knobs
 from undivided.bench.static.absent_gpu import absent_gpu
 from undivided.bench.static.targets import TARGETS
-from undivided.kernels.spec import DEFAULTS, make_inputs, make_spec
+from undivided.kernels.spec import DEFAULTS, Needs, make_inputs, make_spec
 from undivided.kernels.triton import attention_backward, attention_forward
 
 keys = {}
@@ -61,7 +61,7 @@ with absent_gpu(TARGETS["sm_90"]):
             inputs = make_inputs(q, k, k, DEFAULTS)
             spec = make_spec(64, {**DEFAULTS, "causal": True}, top_left=False, tf32=False)
             out, lse = attention_forward(inputs, spec)
-            attention_backward(q, None, out, lse, inputs, spec, (True, True, True, False))
+            attention_backward(q, None, out, lse, inputs, spec, Needs(True, True, True))
 print(json.dumps({name: len(found) for name, found in keys.items()}))
 """
 

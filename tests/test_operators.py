@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from undivided import attention
 from undivided.kernels import functional, ops
+from undivided.kernels.spec import N_GRADIENTS
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 """All of opcheck but test_autograd_registration: autograd lives around the operators, not in them."""
@@ -56,11 +58,12 @@ def test_opcheck(impl: str, layout: str, device: torch.device) -> None:
     if layout == "BSHD":
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     options = {"bias": torch.randn(4, 1, 7, device=device), "causal": True, "dropout_p": 0.3, "seed": 5}
+    options["sinks"] = torch.randn(4, device=device)
     inputs, spec = functional.prepare(q, k, v, options)
     torch.library.opcheck(ops._forward_op, (*inputs, *spec, impl), test_utils=CHECKS)
     out, lse = ops._forward_op(*inputs, *spec, impl)
     backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, *inputs, *spec, impl)
-    for needs in ([True] * 4, [False, True, False, False]):
+    for needs in ([True] * N_GRADIENTS, [False, True, False, False, False]):
         torch.library.opcheck(ops._backward_op, (*backward, needs), test_utils=CHECKS)
 
 
@@ -71,7 +74,7 @@ def test_lse_may_come_back_with_other_strides(impl: str, device: torch.device) -
     inputs, spec = functional.prepare(q, k, k, {})
     out, lse = ops._forward_op(*inputs, *spec, impl)
     strided = lse.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    dout, needs = torch.randn_like(out), [True, True, True, False]
+    dout, needs = torch.randn_like(out), [True, True, True, False, False]
     expected = ops._backward_op(dout, lse, out, lse, *inputs, *spec, impl, needs)
     for ours, theirs in zip(
         ops._backward_op(dout, strided, out, strided, *inputs, *spec, impl, needs), expected, strict=True
@@ -294,18 +297,18 @@ class TestNeverSilentZeros:
         assert tangent.abs().sum() > 0
 
 
-@pytest.mark.parametrize("needs", [(n >> 3 & 1, n >> 2 & 1, n >> 1 & 1, n & 1) for n in range(16)])
-def test_every_subset_of_gradients(needs: tuple[int, ...]) -> None:
-    tensors = [torch.randn(*s) for s in ((1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8), (5, 5))]
-    leaves = [x.clone().requires_grad_(bool(n)) for x, n in zip(tensors, needs, strict=True)]
-    q, k, v, bias = leaves
-    out = attention(q, k, v, bias=bias)
+@pytest.mark.parametrize("needs", itertools.product((False, True), repeat=N_GRADIENTS))
+def test_every_subset_of_gradients(needs: tuple[bool, ...]) -> None:
+    tensors = [torch.randn(*s) for s in ((1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8), (5, 5), (2,))]
+    leaves = [x.clone().requires_grad_(n) for x, n in zip(tensors, needs, strict=True)]
+    q, k, v, bias, sinks = leaves
+    out = attention(q, k, v, bias=bias, sinks=sinks)
     assert out.requires_grad == any(needs)
     if not any(needs):
         return
     out.sin().sum().backward()
     full = [x.clone().requires_grad_() for x in tensors]
-    attention(*full[:3], bias=full[3]).sin().sum().backward()
+    attention(*full[:3], bias=full[3], sinks=full[4]).sin().sum().backward()
     for x, y, n in zip(leaves, full, needs, strict=True):
         assert (x.grad is None) == (not n)
         if n:

@@ -26,11 +26,12 @@ FOLDERS = {
     "conformance": {"kernels"},
     "bench": {"", "conformance", "kernels", "extras"},
 }
-EVERYWHERE = {"spec", "masks", "philox", "tracing"}
+EVERYWHERE = {"spec", "masks", "philox", "sinks", "tracing"}
 KERNELS = {
     "spec": set(),
     "masks": set(),
     "philox": set(),
+    "sinks": set(),
     "tracing": set(),
     "evidence": set(),
     "reference": set(),

@@ -18,18 +18,18 @@ from undivided.conformance.cases import Case, Extra, Problem
 from undivided.conformance.evaluation import expected
 from undivided.conformance.memory import fenced, poisoned_allocations
 from undivided.conformance.oracle import Results
-from undivided.kernels.spec import Gradients
+from undivided.kernels.spec import N_GRADIENTS, Gradients, Needs
 from undivided.kernels.triton.backward import attention_backward, backward_launches
 from undivided.kernels.triton.config import Kernel, TileConfig
 from undivided.kernels.triton.forward import attention_forward
 
-EVERYTHING = (True, True, True, True)
+EVERYTHING = Needs(*[True] * N_GRADIENTS)
 HALF, SINGLE = torch.float16, torch.float32
 
 
 def backward(
     problem: Problem,
-    needs: tuple[bool, bool, bool, bool] = EVERYTHING,
+    needs: Needs = EVERYTHING,
     config: dict[Kernel, TileConfig] | None = None,
 ) -> Gradients:
     inputs, spec = problem.prepared()
@@ -118,7 +118,7 @@ def test_dlse_may_be_absent_or_expanded(device: torch.device) -> None:
     assert_same(backward(problem._replace(dlse=None)), backward(problem._replace(dlse=zeros)))
 
 
-def launches(problem: Problem, needs: tuple[bool, bool, bool, bool]) -> list[str]:
+def launches(problem: Problem, needs: Needs) -> list[str]:
     inputs, spec = problem.prepared()
     out, lse = attention_forward(inputs, spec)
     described = backward_launches(problem.dout, problem.dlse, out, lse, inputs, spec, needs)[1]
@@ -127,14 +127,15 @@ def launches(problem: Problem, needs: tuple[bool, bool, bool, bool]) -> list[str
 
 def test_only_what_is_needed_is_computed(device: torch.device) -> None:
     """Gradients that change with what else is asked; kernels launched for nobody."""
-    problem = Case("needs", heads_q=2, heads_kv=1, seqlen_q=20, bias=Extra(axes="hk"), causal=True).build(
-        SINGLE, device
-    )
+    problem = Case(
+        "needs", heads_q=2, heads_kv=1, seqlen_q=20, bias=Extra(axes="hk"), sinks=True, causal=True
+    ).build(SINGLE, device)
     everything = backward(problem)
-    for needs in itertools.product((False, True), repeat=4):
+    for asked in itertools.product((False, True), repeat=N_GRADIENTS):
+        needs = Needs(*asked)
         wanted = Gradients(*(x if need else None for x, need in zip(everything, needs)))
         assert_same(backward(problem, needs), wanted)
-        q, k, v, bias = needs
+        q, k, v, bias, _ = needs
         assert len(launches(problem, needs)) == any(needs) + q + (k or v) + bias
 
 
@@ -145,7 +146,7 @@ def test_dbias_of_every_broadcast(axes: str, device: torch.device) -> None:
     case = Case(**{**vars(case), "bias": Extra(axes=axes)})
     problem = case.build(HALF, device)
     with poisoned_allocations():
-        gradients = backward(problem, (False, False, False, True))
+        gradients = backward(problem, Needs(dbias=True))
     assert_right(gradients, problem)
 
 

@@ -104,4 +104,6 @@ def call(variant: Variant) -> None:
     inputs = contract.make_inputs(q, k, v, options)
     spec = contract.make_spec(variant.head_dim, options, top_left=False, tf32=False)
     out, lse = attention_forward(inputs, spec)
-    attention_backward(dout, None, out, lse, inputs, spec, (True, True, True, inputs.bias is not None))
+    attention_backward(
+        dout, None, out, lse, inputs, spec, contract.Needs(True, True, True, inputs.bias is not None)
+    )

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import AttentionSpec, Gradients, Inputs, like
+from .. import sinks as attention_sinks
+from ..spec import AttentionSpec, Gradients, Inputs, Needs, like
 from . import softmax, tiles
 from .bias_gradient import dbias_kernel
 from .config import Kernel, TileConfig, architecture, does_more_than_softmax, tile_config
@@ -78,21 +79,23 @@ def attention_backward(
     lse: Tensor,
     inputs: Inputs,
     spec: AttentionSpec,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Needs,
     config: Mapping[Kernel, TileConfig] | None = None,
 ) -> Gradients:
-    """Gradients of one call, outside autograd; None where `needs` (q, k, v, bias) does not ask.
+    """Gradients of one call, outside autograd; None where `needs` does not ask.
 
     dout: (batch, heads_q, seqlen_q, head_dim_v), any strides. dlse: (batch, heads_q, seqlen_q) or
     None. out, lse: as the forward pass returned them. config: tile sizes by kernel; the table's for
     those it lacks.
     """
-    gradients, launches = backward_launches(dout, dlse, out, lse, inputs, spec, needs, config)
+    gradients, launches, delta = backward_launches(dout, dlse, out, lse, inputs, spec, needs, config)
     for launch in launches:
         launch.recall(inputs.q.device)
     for launch in launches:
         launch.run(inputs.q.device)
-    return gradients
+    if inputs.sinks is None or not needs.dsinks:
+        return gradients
+    return gradients._replace(dsinks=attention_sinks.gradient(delta, lse, inputs.sinks))
 
 
 def backward_launches(
@@ -102,21 +105,22 @@ def backward_launches(
     lse: Tensor,
     inputs: Inputs,
     spec: AttentionSpec,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Needs,
     config: Mapping[Kernel, TileConfig] | None = None,
-) -> tuple[Gradients, list[Launch]]:
-    """The gradients, unfilled, and the launches that fill them, in their order.
+) -> tuple[Gradients, list[Launch], Tensor]:
+    """The gradients, unfilled, the launches that fill them, in their order, and delta, filled by the first.
 
-    With meta tensors and a config for every kernel: launches to compile only.
+    dsinks is a sum over delta, and has no launch. With meta tensors and a config for every kernel: launches
+    to compile only.
     """
-    q, k, v, bias, mask, key_lengths, _ = inputs
+    q, k, v, bias, _, mask, key_lengths, _ = inputs
     batch, heads_q, seqlen_q, head_dim = q.shape
     heads_kv, seqlen_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     dq, dk, dv = (like(x, x.shape[3]) if need else None for x, need in zip(inputs[:3], needs))
-    dbias = bias.new_empty(bias.shape) if bias is not None and needs[3] else None
-    gradients = Gradients(dq, dk, dv, dbias)
-    if all(g is None for g in gradients):
-        return gradients, []
+    dbias = bias.new_empty(bias.shape) if bias is not None and needs.dbias else None
+    gradients = Gradients(dq, dk, dv, dbias, None)
+    if not any(needs):
+        return gradients, [], lse
 
     if dout.stride(3) != 1:  # expanded by sum(), say: a copy costs less than reading it element by element
         dout = dout.contiguous()
@@ -169,7 +173,7 @@ def backward_launches(
         programs = n_batches * n_heads * -(-n_rows // tile.block_q) * -(-n_cols // tile.block_k)
         target = (dbias, broadcast_strides(dbias), batch // n_batches, heads_q // n_heads, n_heads)
         launches.append(launch(dbias_kernel, programs, target, tile))
-    return gradients, launches
+    return gradients, launches, delta.view(batch, heads_q, padded)[..., :seqlen_q]
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...] | None:

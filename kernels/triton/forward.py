@@ -115,6 +115,7 @@ def _forward_kernel(
     bias_strides,
     mask_ptr,
     mask_strides,
+    sinks_ptr,
     lengths_ptr,
     seed_ptr,
     last_dropped,
@@ -187,6 +188,9 @@ def _forward_kernel(
 
     acc, row_max, row_sum = state
     lse = softmax.natural_lse(row_max, row_sum, scale, softcap, bias_ptr)
+    if sinks_ptr is not None:
+        lse, share = softmax.join_sink(lse, tl.load(sinks_ptr + head).to(tl.float32))
+        acc = acc * share[:, None]
     if seed_ptr is not None:
         acc = acc * kept_scale
     # A row that sees nothing may have met the NaN of a key that its neighbours see.
@@ -220,7 +224,7 @@ def forward_launch(
     config: TileConfig | None = None,
 ) -> Launch:
     """The launch that fills out and lse; with meta tensors and a config, one to compile only."""
-    q, k, v, bias, mask, key_lengths, _ = inputs
+    q, k, v, bias, sinks, mask, key_lengths, _ = inputs
     batch, heads_q, seqlen_q, head_dim = q.shape
     heads_kv, seqlen_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     if config is None:
@@ -233,7 +237,8 @@ def forward_launch(
     tma = config.tma and descriptors_fit(inputs, spec)
     arguments: tuple[Any, ...] = (
         q, q.stride(), k, k.stride(), v, v.stride(), out, out.stride(), lse,
-        bias, broadcast_strides(bias), mask, broadcast_strides(mask), key_lengths,
+        bias, broadcast_strides(bias), mask, broadcast_strides(mask),
+        None if sinks is None else sinks.contiguous(), key_lengths,
         dropout_seed(inputs, spec), dropped_bits(spec.dropout_p), kept_scale(spec.dropout_p),
         positive_scale(spec.scale), spec.softcap,
         heads_kv, heads_q // heads_kv, seqlen_q, seqlen_k, shift, left, right,

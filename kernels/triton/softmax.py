@@ -95,6 +95,15 @@ def natural_lse(row_max, row_sum, scale, softcap, bias):
 
 
 @triton.jit
+def join_sink(lse, sink):
+    """(lse with the sink in the denominator, the keys' share of it); a row without keys keeps lse -inf."""
+    top = tl.maximum(lse, sink)
+    total = top + tl.log(tl.exp(lse - top) + tl.exp(sink - top))
+    alone = lse == float("-inf")  # -inf - -inf must not happen
+    return tl.where(alone, lse, total), tl.where(alone, 0.0, tl.exp(lse - total))
+
+
+@triton.jit
 def lse_offset(lse, softcap, bias):
     """What `probabilities` subtracts for a row: its lse, +inf where it is empty.
 

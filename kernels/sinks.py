@@ -1,0 +1,42 @@
+"""Attention sinks: one learned logit per query head that joins the softmax's denominator, and no value.
+
+Xiao et al. 2023, section 3; gpt-oss model card, section 2. A sink takes the share exp(sink - lse) of a row's
+weight. Operators mark a row that sees no key by lse -inf, with a sink too: that is how backward knows it;
+`lse_of_empty_rows` says what the caller is told.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def join(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) with the sinks in the denominator, from (out, lse) over the keys alone, in wide dtype.
+
+    out: (batch, heads_q, rows, head_dim_v); lse: (batch, heads_q, rows); sinks: (heads_q,).
+    """
+    total = torch.logaddexp(lse, _per_row(sinks, lse))
+    empty = lse == -torch.inf
+    share = torch.exp(lse - total).masked_fill(empty, 0.0)
+    return out * share[..., None], total.masked_fill(empty, -torch.inf)
+
+
+def gradient(delta: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """The gradient of the sinks: the backward of any score, for one that has no value.
+
+    dS = P·(dP - delta) with dP = 0, summed over batch and rows. delta = rowsum(out·dout) - dlse and lse, with
+    the sink in it: (batch, heads_q, rows); both may hold anything where lse is -inf.
+    """
+    share = torch.exp(_per_row(sinks, lse) - lse)
+    shares = torch.where(lse == -torch.inf, 0.0, -share * delta)
+    return shares.sum((0, 2)).to(sinks.dtype)
+
+
+def lse_of_empty_rows(lse: Tensor, sinks: Tensor) -> Tensor:
+    """lse as the contract has it: where there is no key, the sink is the whole denominator."""
+    return torch.where(lse == -torch.inf, _per_row(sinks, lse), lse)
+
+
+def _per_row(sinks: Tensor, lse: Tensor) -> Tensor:
+    return sinks.to(lse.dtype)[:, None]
