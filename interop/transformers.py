@@ -78,14 +78,13 @@ def translate(
     """q, k, v and the options of `undivided.attention`, from the arguments of a transformers layer.
 
     attention_mask: None; what `make_mask` makes; (batch, seqlen_k), validity of keys; or, taken
-    literally, four axes, bool or float (added to the scores). The module is causal if `is_causal` says
-    so, or, without it, if `module.is_causal` does. Any further keyword is the model's own business.
+    literally, four axes, bool or float (added to the scores). s_aux: (heads,), attention sinks. The module
+    is causal if `is_causal` says so, or, without it, if `module.is_causal` does. Any further keyword is the
+    model's own business.
 
     Raises:
-        NotImplementedError: attention sinks (`s_aux`), or the paged cache of continuous batching.
+        NotImplementedError: the paged cache of continuous batching.
     """
-    if s_aux is not None:
-        raise NotImplementedError("undivided: attention sinks (s_aux) are not available yet; use 'eager'")
     if others.get("cache") is not None:
         raise NotImplementedError("undivided: continuous batching (a paged cache) is not available yet")
     if others.get("output_attentions"):
@@ -117,6 +116,7 @@ def translate(
         "mask": mask,
         "bias": bias,
         "softcap": softcap,
+        "sinks": s_aux,
         "scale": scaling,
         "dropout_p": dropout,
     }

@@ -52,6 +52,9 @@ DECODERS = {
         moe_intermediate_size=16,
         shared_expert_intermediate_size=16,
     ),
+    "gpt-oss with sinks and alternating windows": lambda: transformers.GptOssConfig(
+        **GROUPED, head_dim=8, sliding_window=4, num_local_experts=2, num_experts_per_tok=1
+    ),
 }
 ENCODERS = {
     "bert": lambda: transformers.BertConfig(**SMALL),
@@ -352,12 +355,11 @@ def test_dropout_is_applied(counted: Counted) -> None:
     assert torch.equal(out, torch.zeros_like(out))
 
 
-@pytest.mark.parametrize("option", ["s_aux", "cache"])
-def test_what_is_not_available_is_refused(option: str) -> None:
-    """Ignoring a sink or a paged cache would give plausible wrong numbers."""
+def test_what_is_not_available_is_refused() -> None:
+    """Ignoring a paged cache would give plausible wrong numbers."""
     q = torch.randn(1, 2, 5, 8)
     with pytest.raises(NotImplementedError, match=r"undivided: .* not available"):
-        attention_function(SimpleNamespace(is_causal=True), q, q, q, None, **{option: torch.zeros(2)})
+        attention_function(SimpleNamespace(is_causal=True), q, q, q, None, cache=torch.zeros(2))
 
 
 def test_asking_for_attention_weights_warns() -> None:
