@@ -107,12 +107,12 @@ def _budget(name: str, oracle: Oracle, arithmetic: Arithmetic) -> tuple[float, T
 def _underflow(name: str, dtype: torch.dtype, expected: Tensor, oracle: Oracle) -> Tensor:
     """eta: what numbers below the normal range cost, and the rounding of a result kept more coarsely.
 
-    Only dbias can be that: it has the dtype of bias, whatever q has.
+    Only dbias and dsinks can be that: they have the dtype of their inputs, whatever q has.
     """
     smallest = {torch.float16: 2.0**-24, torch.float64: 1e-300}
     eta = torch.full_like(expected, smallest.get(dtype, 1e-33))
     if oracle.dtype == torch.float16:
         eta = eta + 2.0**-25 * getattr(oracle.underflow, name)
-    if name == "dbias" and ROUNDOFF[dtype] > ROUNDOFF[oracle.dtype]:
+    if name in ("dbias", "dsinks") and ROUNDOFF[dtype] > ROUNDOFF[oracle.dtype]:
         eta = eta + ROUNDOFF[dtype] * expected.abs()
     return eta

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .oracle import Results
 from .page import Section, page
 from .questions import CLAIMED
 from .verdict import Report, dtype_name
@@ -109,7 +110,7 @@ def _constant(x: float) -> str:
 
 
 def _order(output: str, dtype: object) -> tuple[int, str]:
-    return ("out", "lse", "dq", "dk", "dv", "dbias").index(output), str(dtype)
+    return Results._fields.index(output), str(dtype)
 
 
 def _meaning(report: Report) -> Section:

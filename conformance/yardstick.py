@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..kernels.masks import visible
 from ..kernels.philox import keep_mask
-from ..kernels.spec import AttentionSpec, Inputs
+from ..kernels.sinks import lse_of_empty_rows
+from ..kernels.spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs
 from .cases import Problem
 from .oracle import Oracle, Results
 from .target import Capabilities
 
-PASSES = {"out": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0, "dbias": 3.0}
+PASSES = {"out": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0, "dbias": 3.0, "dsinks": 3.0}
 """The largest ratio that passes in flash-attention's tests (test_flash_attn.py), which do not ask lse."""
 
 
@@ -45,15 +46,14 @@ def _ratio(x: Tensor, plain: Tensor, exact: Tensor) -> float:
 
 def _plain_results(problem: Problem, through_lse: bool) -> Results:
     inputs, spec = problem.prepared()
-    q, k, v = leaves = [x.detach().requires_grad_() for x in inputs[:3]]
-    bias = inputs.bias
-    if bias is not None:
-        bias = bias.detach().requires_grad_()
-        leaves.append(bias)
+    given = dict(zip(Gradients._fields, inputs))
+    leaves = {name: x.detach().requires_grad_() for name, x in given.items() if x is not None}
     with torch.enable_grad():
-        out, lse = _plain(inputs._replace(q=q, k=k, v=v, bias=bias), spec)
+        own = (leaves.get(name) for name in Gradients._fields)
+        out, lse = _plain(Inputs(*own, *inputs[N_GRADIENTS:]), spec)
     dlse = problem.dlse.to(lse.dtype) if through_lse else torch.zeros_like(lse)
-    return Results(out.detach(), None, *torch.autograd.grad((out, lse), leaves, (problem.dout, dlse)))
+    grads = torch.autograd.grad((out, lse), [*leaves.values()], (problem.dout, dlse))
+    return Results(out.detach(), None, **dict(zip(leaves, grads)))
 
 
 def _plain(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -71,10 +71,14 @@ def _plain(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         scores = scores.masked_fill(~seen, -torch.inf)
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(empty, 0.0)
-    p = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
+    if inputs.sinks is not None:
+        sinks = inputs.sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    p = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)[..., : k.shape[2]]
     if spec.dropout_p:
         assert inputs.seed is not None
         batch, heads, rows, cols = p.shape
         keep = keep_mask(inputs.seed, spec.dropout_p, batch, heads, range(rows), range(cols))
         p = torch.where(keep, p / (1 - spec.dropout_p), 0.0) if spec.dropout_p < 1 else p * 0.0
-    return p @ v, torch.logsumexp(scores, dim=-1).masked_fill(empty.squeeze(-1), -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1).masked_fill(empty.squeeze(-1), -torch.inf)
+    return p @ v, lse if inputs.sinks is None else lse_of_empty_rows(lse, inputs.sinks)

@@ -33,6 +33,7 @@ class Call:
     key_lengths: bool = False
     bias: tuple[int, ...] | None = None
     softcap: float | None = None
+    sinks: bool = False
     scale: float | None = None
     dropout_p: float = 0.0
 
@@ -67,6 +68,7 @@ class Call:
             "key_lengths": empty((self.batch,), torch.int32) if self.key_lengths else None,
             "bias": None if self.bias is None else empty(self.bias, dtype),
             "softcap": self.softcap,
+            "sinks": empty((self.heads,), dtype) if self.sinks else None,
             "scale": self.scale,
             "dropout_p": self.dropout_p,
         }
@@ -102,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--key-lengths", action="store_true", help="keys of each batch entry are counted")
     group.add_argument("--bias", nargs="+", type=int, metavar="N", help="shape of a bias, in --dtype")
     group.add_argument("--softcap", type=float, metavar="X")
+    group.add_argument("--sinks", action="store_true", help="a logit per head joins the denominator")
     group.add_argument("--scale", type=float, metavar="X", help="factor of the scores (1/sqrt(head_dim))")
     group.add_argument("--dropout-p", type=float, default=0.0, metavar="P", help="probability (0)")
     return sizes

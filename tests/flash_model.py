@@ -10,7 +10,8 @@ from torch import Tensor
 from undivided.conformance.cases import Problem
 from undivided.kernels.masks import visible
 from undivided.kernels.philox import keep_mask
-from undivided.kernels.spec import AttentionSpec, Inputs
+from undivided.kernels.sinks import lse_of_empty_rows
+from undivided.kernels.spec import N_GRADIENTS, AttentionSpec, Inputs
 
 
 class Flash:
@@ -23,7 +24,8 @@ class Flash:
 
     def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]:
         inputs, spec = problem.prepared()
-        return _Call.apply(self, inputs, self.read(spec), *inputs[:4])
+        out, lse = _Call.apply(self, inputs, self.read(spec), *inputs[:N_GRADIENTS])
+        return out, lse if inputs.sinks is None else lse_of_empty_rows(lse, inputs.sinks)
 
     def read(self, spec: AttentionSpec) -> AttentionSpec:
         return spec
@@ -43,11 +45,15 @@ class Flash:
             total = total * shrink + weights.sum(-1, keepdim=True)
             out = out * shrink + rounded(weights * survives[..., cols], inputs) @ v[..., cols, :]
         out, lse = self.normalised(out, total, peak)
+        if inputs.sinks is not None:
+            sinks = inputs.sinks.float()[:, None, None]
+            alone, total = lse == -torch.inf, torch.logaddexp(lse, sinks)
+            out, lse = out * torch.exp(lse - total), torch.where(alone, lse, self.lse_with_sinks(lse, total))
         return out.to(inputs.q.dtype), lse.squeeze(-1)
 
     def backward(
         self, dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, inputs: Inputs, spec: AttentionSpec
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         """Probabilities rebuilt from lse, delta from the rounded out."""
         q, k, v, seen = self.operands(inputs, spec)
         dead = (lse == -torch.inf)[..., None]
@@ -63,7 +69,12 @@ class Flash:
         dk = self.over_group(self.scale_of_dk(spec) * (narrow.mT @ q), inputs)
         dv = self.over_group(rounded(p * survives, inputs).mT @ dout, inputs)
         dbias = None if inputs.bias is None else self.over_broadcast(ds, inputs.bias)
-        return dq, dk, dv, dbias
+        dsinks = None
+        if inputs.sinks is not None:
+            sinks = inputs.sinks.float()[:, None, None]
+            shares = torch.exp(sinks - lse[..., None]).masked_fill(dead, 0.0)
+            dsinks = self.gradient_of_sinks(shares, delta)
+        return dq, dk, dv, dbias, dsinks
 
     def operands(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v in float32, with what nobody sees cleared, and who sees whom; all per query head."""
@@ -125,6 +136,12 @@ class Flash:
     def returned(self, lse: Tensor, spec: AttentionSpec) -> Tensor:
         return lse
 
+    def lse_with_sinks(self, lse: Tensor, total: Tensor) -> Tensor:
+        return total
+
+    def gradient_of_sinks(self, shares: Tensor, delta: Tensor) -> Tensor:
+        return -(shares * delta).sum((0, 2, 3))
+
     def seen_by_backward(self, seen: Tensor) -> Tensor:
         return seen
 
@@ -157,7 +174,7 @@ class _Call(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.kernel.backward(dout, dlse, *ctx.saved_tensors, ctx.inputs, ctx.spec)
-        leaves = ctx.inputs[:4]
+        leaves = ctx.inputs[:N_GRADIENTS]
         return (None, None, None, *(None if g is None else g.to(x.dtype) for g, x in zip(grads, leaves)))
 
 

@@ -150,6 +150,16 @@ class DbiasAveraged(Flash):
         return super().over_broadcast(ds, bias) * (bias.numel() / max(ds.numel(), 1))
 
 
+class SinkMissingFromLse(Flash):
+    def lse_with_sinks(self, lse: Tensor, total: Tensor) -> Tensor:
+        return lse
+
+
+class SinkGradientIgnored(Flash):
+    def gradient_of_sinks(self, shares: Tensor, delta: Tensor) -> Tensor:
+        return torch.zeros_like(super().gradient_of_sinks(shares, delta))
+
+
 class DropoutNotReplayed(Flash):
     def survives(
         self, inputs: Inputs, spec: AttentionSpec, shape: torch.Size, backward: bool = False
@@ -230,6 +240,7 @@ MASK = Case("mask", mask=Extra("random", "qk"))
 GROUPED = Case("grouped", heads_q=4)
 SOFTCAP = Case("softcap", softcap=2.0)
 DROPOUT = Case("dropout", dropout_p=0.3)
+SINKS = Case("sinks", sinks=True)
 EMPTY_ROWS = Case("empty rows", mask=Extra("empty_rows", "qk"))
 LENGTHS = Case("lengths", batch=2, key_lengths=(21, 4))
 
@@ -263,6 +274,8 @@ BUGS = {
     "lse in base 2": Bug(LseInBase2(), PLAIN, "lse is: in base 2"),
     "lse +inf on empty rows": Bug(EmptyRowsPlusInfinity(), EMPTY_ROWS, "out 0, lse +inf, gradients 0"),
     "lse gradient ignored": Bug(LseGradientIgnored(), PLAIN, "the gradient of lse: ignored"),
+    "sink missing from lse": Bug(SinkMissingFromLse(), SINKS, "lse with a sink: does not include it"),
+    "sink gradient ignored": Bug(SinkGradientIgnored(), SINKS, "the gradient of a sink: zero"),
     "NaN on empty rows": Bug(NanOnEmptyRows(), EMPTY_ROWS, "out NaN"),
     "hidden values multiplied by 0": Bug(
         HiddenValuesTimesZero(), LENGTHS, "NaN in values hidden by key_lengths: reaches out"

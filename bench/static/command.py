@@ -16,6 +16,7 @@ from torch import Tensor
 from ...kernels import call_flags, dispatch
 from ...kernels.call_flags import Call
 from ...kernels.functional import prepare
+from ...kernels.spec import Needs
 
 if TYPE_CHECKING:  # what imports triton is imported once it is known to be there
     from .report import Row
@@ -116,7 +117,7 @@ def compile_kernel(architecture: str, kernel: str, call: Call) -> list[Row]:
         out = q.new_empty(*q.shape[:3], v.shape[3])
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         of_keys = kernel == "dkdv"
-        needs = (kernel == "dq", of_keys, of_keys, kernel == "dbias")
+        needs = Needs(kernel == "dq", of_keys, of_keys, kernel == "dbias")
         attention_backward(torch.empty_like(out), None, out, lse, inputs, spec, needs)
 
     return compiled(architecture, Variant(call.head_dim, call.dtype, call.options), run, kernel)
