@@ -116,6 +116,7 @@ def solve(
     terms = ds.abs() + p * torch.where(alive, loose, 0.0)
     weight_of_sinks = weight
     if exact.sinks is not None:
+        assert at_sinks is not None
         at_sinks = at_sinks + share * loose
         weight_of_sinks = weight + exact.sinks.abs()[:, None, None]
     scaled = abs(spec.scale) * slope * terms
@@ -142,7 +143,7 @@ def solve(
 
 def _double(inputs: Inputs) -> Inputs:
     given = (None if x is None else x.detach().double() for x in inputs[:N_GRADIENTS])
-    return Inputs(*given, *inputs[N_GRADIENTS:])
+    return Inputs._make([*given, *inputs[N_GRADIENTS:]])
 
 
 def _answer(inputs: Inputs, spec: AttentionSpec, dout: Tensor, dlse: Tensor) -> Results:

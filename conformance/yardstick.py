@@ -50,7 +50,7 @@ def _plain_results(problem: Problem, through_lse: bool) -> Results:
     leaves = {name: x.detach().requires_grad_() for name, x in given.items() if x is not None}
     with torch.enable_grad():
         own = (leaves.get(name) for name in Gradients._fields)
-        out, lse = _plain(Inputs(*own, *inputs[N_GRADIENTS:]), spec)
+        out, lse = _plain(Inputs._make([*own, *inputs[N_GRADIENTS:]]), spec)
     dlse = problem.dlse.to(lse.dtype) if through_lse else torch.zeros_like(lse)
     grads = torch.autograd.grad((out, lse), [*leaves.values()], (problem.dout, dlse))
     return Results(out.detach(), None, **dict(zip(leaves, grads)))

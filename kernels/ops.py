@@ -46,7 +46,7 @@ _SCHEMA_TYPES = {
 def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable once in what `Gradients` has; lse is -inf for a row without keys."""
     operator = _forward_op if _somebody_listens(inputs) else _forward
-    q, k, v, *others = inputs[:N_GRADIENTS]
+    q, k, v = inputs[:3]
     function: Any = None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         function = _TransformableAttention
@@ -54,7 +54,7 @@ def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, T
         q.requires_grad
         or k.requires_grad
         or v.requires_grad
-        or any(x is not None and x.requires_grad for x in others)
+        or any(x is not None and x.requires_grad for x in inputs[3:N_GRADIENTS])
     ):
         function = _Attention
     if function is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from ..cases import Problem
 from .subject import Probe, Subject, recognised
@@ -32,7 +33,7 @@ def _problem(subject: Subject) -> Problem:
     return subject.problem(2, 2, sinks=sinks)
 
 
-def _shares(subject: Subject) -> dict[str, torch.Tensor]:
+def _shares(subject: Subject) -> dict[str, Tensor]:
     """What each of the two keys gets, by head."""
     terms = torch.tensor(TERMS)
     return {
@@ -52,7 +53,10 @@ def _share(subject: Subject) -> str:
 def _lse(subject: Subject) -> str:
     lse = subject.evaluate(_problem(subject)).lse
     assert lse is not None
-    words = {"includes it": (2 + torch.tensor(TERMS)).log()[:, None], "does not include it": math.log(2)}
+    words: dict[str, Tensor | float] = {
+        "includes it": (2 + torch.tensor(TERMS)).log()[:, None],
+        "does not include it": math.log(2),
+    }
     return recognised(lse.cpu(), words)
 
 
@@ -65,7 +69,7 @@ def _gradient(subject: Subject) -> str:
     terms = torch.tensor(TERMS)
     one = -terms * 2 / (2 + terms) ** 2
     rows = 2 * subject.batch
-    words = {
+    words: dict[str, Tensor | float] = {
         "that of a score without a value, summed over batch and rows": one * rows,
         "that of one row": one,
         "the mean over rows": one * subject.batch,
