@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Generator, Tensor
 
+from ..kernels.biases import ALiBi
 from ..kernels.functional import prepare
 from ..kernels.masks import visible
 from ..kernels.spec import DEFAULTS, AttentionOptions, AttentionSpec, Inputs
@@ -35,7 +36,7 @@ class Extra:
 
 @dataclass(frozen=True)
 class Case:
-    """One problem, without its numbers. key_lengths are repeated over the batch."""
+    """One problem, without its numbers. key_lengths are repeated over the batch; alibi: axes of slopes."""
 
     name: str
     batch: int = 1
@@ -53,6 +54,7 @@ class Case:
     bias: Extra | None = None
     softcap: float | None = None
     sinks: bool = False
+    alibi: str = ""
     dropout_p: float = 0.0
     scale: float | None = None
     layout: str = "bhsd"
@@ -91,6 +93,11 @@ class Case:
         if self.sinks:
             sinks = torch.randn(self.heads_q, generator=generator)
             options["sinks"] = sinks.to(device, dtype)
+        if self.alibi:
+            slopes = torch.rand(_shape(self.alibi, sizes)[:2], generator=generator)
+            alibi = ALiBi(slopes[0 if self.alibi == "h" else slice(None)].to(device, dtype))
+            dense = options.get("bias")
+            options["bias"] = alibi if dense is None else (dense, alibi)
         return Problem(q, k, v, options, dout, dlse.to(device), self.top_left)
 
 
@@ -124,7 +131,7 @@ class Problem(NamedTuple):
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Problem:
         """The same problem with change(x) for each of its tensors x."""
-        options = {name: change(x) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        options = {name: _changed(x, change) for name, x in self.options.items()}
         q, k, v, dout, dlse = map(change, (*self[:3], self.dout, self.dlse))
         return Problem(q, k, v, cast(AttentionOptions, options), dout, dlse, self.top_left)
 
@@ -139,6 +146,14 @@ class Problem(NamedTuple):
         if inputs.bias is not None:
             ok = ok & (inputs.bias > -torch.inf)
         return not bool(ok.any(-1).all())
+
+
+def _changed(option: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(option, Tensor):
+        return change(option)
+    if isinstance(option, ALiBi):
+        return ALiBi(change(option.slopes))
+    return tuple(_changed(x, change) for x in option) if isinstance(option, tuple) else option
 
 
 def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
@@ -243,6 +258,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bias": {"bias": Extra(axes="hqk")},
     "softcap": {"softcap": 1.5},
     "sinks": {"sinks": True},
+    "alibi": {"alibi": "h"},
     "dropout": {"dropout_p": 0.3},
     "scale": {"scale": -0.4},
     "gqa": {"heads_q": 4},
@@ -300,6 +316,8 @@ def _numbers() -> list[Case]:
     options = [Case(f"scale {x:g}", scale=x) for x in scales]
     options += [Case(f"softcap {x:g}", softcap=x, scale=1.0) for x in (0.5, 30.0)]
     options += [Case(f"dropout {p:g}", dropout_p=p) for p in (0.1, 1.0)]
+    options += [Case("alibi of each batch entry", alibi="bh", batch=2, seqlen_q=17, seqlen_k=29)]
+    options += [Case("top-left alibi", alibi="h", top_left=True, seqlen_q=17, seqlen_k=29)]
     options += [Case("sinks, rows without keys", sinks=True, seqlen_q=50, seqlen_k=20, causal=True, batch=2)]
     kinds = ["uniform", "peaky", "tiny", "mean_v", "ones_v", "low_rank", "outlier_channel"]
     numbers = [Case(f"{kind} numbers", distribution=kind, head_dim=64, seqlen_k=65) for kind in kinds]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.biases import ALiBi
 from .cases import Problem
 from .guard import require
 from .oracle import Oracle, Results, solve
@@ -16,12 +17,26 @@ def evaluate(target: Target, problem: Problem) -> Results:
     claims, options = target.capabilities, problem.options
     q, k, v = leaves = [x.detach().requires_grad_(claims.backward) for x in problem[:3]]
     names = ["q", "k", "v"]
-    for name, claimed in (("bias", claims.bias_gradient), ("sinks", claims.sinks)):
-        x = options.get(name)
-        if isinstance(x, Tensor) and claimed:
-            leaves = [*leaves, x.detach().requires_grad_(claims.backward)]
-            options = {**options, name: leaves[-1]}  # type: ignore[misc]
-            names.append(name)
+
+    def leaf(name: str, x: Tensor, claimed: bool) -> Tensor:
+        if not claimed:
+            return x
+        leaves.append(x.detach().requires_grad_(claims.backward))
+        names.append(name)
+        return leaves[-1]
+
+    sinks, biases = options.get("sinks"), options.get("bias")
+    if sinks is not None:
+        options = {**options, "sinks": leaf("sinks", sinks, claims.sinks)}
+    if biases is not None:
+        several = biases if type(biases) is tuple else (biases,)
+        fresh = tuple(
+            ALiBi(leaf("slopes", x.slopes, claims.alibi))
+            if isinstance(x, ALiBi)
+            else leaf("bias", x, claims.bias_gradient)
+            for x in several
+        )
+        options = {**options, "bias": fresh if len(fresh) > 1 else fresh[0]}
     out, lse = target.attend(problem._replace(q=q, k=k, v=v, options=options))
     rows = tuple(q.shape[:3])
     _require_tensor("out", out, (*rows, v.shape[3]))
@@ -43,6 +58,8 @@ def evaluate(target: Target, problem: Problem) -> Results:
         require(x is not None, f"no gradient comes back to {name}")
     if "bias" in found:
         found["bias"] = found["bias"][(None,) * (4 - found["bias"].ndim)]
+    if "slopes" in found:
+        found["slopes"] = found["slopes"][(None,) * (2 - found["slopes"].ndim)]
     return Results(results.out, results.lse, **{f"d{name}": x for name, x in found.items()})
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import dispatch, reference
+from ..kernels.biases import distances
 from ..kernels.spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs
 
 ACCUMULATION_ROUNDOFF = {
@@ -34,6 +35,7 @@ class Results(NamedTuple):
     dv: Tensor | None = None
     dbias: Tensor | None = None
     dsinks: Tensor | None = None
+    dslopes: Tensor | None = None
 
 
 class Oracle(NamedTuple):
@@ -64,7 +66,8 @@ def solve(
         cond(dq) = |scale|·Σ_j c·T|k|            cond(dk) = |scale|·Σ_i c·T|q|        cond(dbias) = T
 
     dk and dv are summed over the query heads of a group, dbias over the axes that bias broadcasts. A sink is
-    a score with a probability of its own and dp = 0: cond(dsinks) = Σ T over batch and rows.
+    a score with a probability of its own and dp = 0: cond(dsinks) = Σ T over batch and rows. ALiBi's slopes
+    move scores by the distance: cond(dslopes) = Σ T·|p - j|.
     dlse is subtracted from delta, hence its place beside A. Dropout only rescales: its bits are
     exact. c is softcap's derivative 1 - t² with t = tanh; scores are never rounded to 16 bits, so it
     enters as it is, except that the subtraction leaves an error of the accumulation's roundoff
@@ -97,6 +100,9 @@ def solve(
     k, v = (torch.where(seen, x, 0.0).repeat_interleave(group, 1) for x in (exact.k, exact.v))
 
     slope, level = _scores(q, k, exact.bias, spec, dtype)
+    distance = _distances(exact, spec)
+    if exact.slopes is not None:
+        level = level + exact.slopes.abs()[..., None, None] * distance
     level = torch.where(p > 0, level, 0.0)
     weight = exponent + (level.amax(-1, keepdim=True) if level.shape[-1] else 0.0)
     q, k, v, dout = q.abs(), k.abs(), v.abs(), dout.abs()
@@ -110,6 +116,9 @@ def solve(
             dv=_over_group(kept.mT @ dout, heads_kv),
             dbias=None if exact.bias is None else terms.sum_to_size(exact.bias.shape),
             dsinks=None if at_sinks is None else at_sinks.sum((0, 2, 3)),
+            dslopes=None
+            if exact.slopes is None
+            else (terms * distance).sum((2, 3)).sum_to_size(exact.slopes.shape),
         )
 
     loose = (dout * (kept @ v)).sum(-1, keepdim=True) + dlse.abs()
@@ -186,6 +195,11 @@ def _scores(
         slope = 1 - t2 + t2 * (ACCUMULATION_ROUNDOFF[dtype] / ROUNDOFF[dtype])
         level = (1 - t2) * level + spec.softcap * t2.sqrt()
     return slope, level if bias is None else level + bias.abs()
+
+
+def _distances(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    rows, cols = inputs.q.shape[2], inputs.k.shape[2]
+    return distances(spec.shift(rows, cols), slice(0, rows), slice(0, cols), inputs.q)
 
 
 def _over_group(x: Tensor, heads_kv: int) -> Tensor:

@@ -58,6 +58,7 @@ class Capabilities:
     bias_gradient: bool = False
     softcap: bool = False
     sinks: bool = False
+    alibi: bool = False
     dropout: bool = False
     same_dropout: bool = False
     lse: bool = False
@@ -134,6 +135,7 @@ class Target:
             "any_bias_dtype": claims.any_bias_dtype or case.bias is None or case.bias.dtype in (None, dtype),
             "softcap": claims.softcap or case.softcap is None,
             "sinks": claims.sinks or not case.sinks,
+            "alibi": claims.alibi or not case.alibi,
             "dropout": claims.same_dropout or case.dropout_p == 0.0,
             "empty_rows": claims.empty_rows or not case.build(torch.float32).has_empty_rows(),
         }

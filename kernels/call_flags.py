@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .biases import ALiBi
 from .spec import DEFAULTS, AttentionOptions
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -32,6 +33,7 @@ class Call:
     mask: tuple[int, ...] | None = None
     key_lengths: bool = False
     bias: tuple[int, ...] | None = None
+    alibi: bool = False
     softcap: float | None = None
     sinks: bool = False
     scale: float | None = None
@@ -47,7 +49,7 @@ class Call:
     @property
     def options(self) -> str:
         """The names of those that are given; "plain" without any."""
-        options = (x for x in fields(self) if x.name in DEFAULTS)
+        options = (x for x in fields(self) if x.name in DEFAULTS or x.name == "alibi")
         return " ".join(x.name for x in options if getattr(self, x.name) != x.default) or "plain"
 
     def __str__(self) -> str:
@@ -61,12 +63,14 @@ class Call:
         heads_kv = self.heads if self.heads_kv is None else self.heads_kv
         seqlen_k = self.seqlen if self.seqlen_k is None else self.seqlen_k
         head_dim_v = self.head_dim if self.head_dim_v is None else self.head_dim_v
+        bias = [] if self.bias is None else [empty(self.bias, dtype)]
+        alibi = [ALiBi(empty((self.heads,), torch.float32))] if self.alibi else []
         options: AttentionOptions = {
             "causal": self.causal,
             "window": self.window,
             "mask": None if self.mask is None else empty(self.mask, torch.bool),
             "key_lengths": empty((self.batch,), torch.int32) if self.key_lengths else None,
-            "bias": None if self.bias is None else empty(self.bias, dtype),
+            "bias": (*bias, *alibi) or None,
             "softcap": self.softcap,
             "sinks": empty((self.heads,), dtype) if self.sinks else None,
             "scale": self.scale,
@@ -103,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--mask", nargs="+", type=int, metavar="N", help="shape of a bool mask")
     group.add_argument("--key-lengths", action="store_true", help="keys of each batch entry are counted")
     group.add_argument("--bias", nargs="+", type=int, metavar="N", help="shape of a bias, in --dtype")
+    group.add_argument("--alibi", action="store_true", help="-slope·|position - key| is added")
     group.add_argument("--softcap", type=float, metavar="X")
     group.add_argument("--sinks", action="store_true", help="a logit per head joins the denominator")
     group.add_argument("--scale", type=float, metavar="X", help="factor of the scores (1/sqrt(head_dim))")

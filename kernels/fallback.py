@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .biases import distances
 from .fallback_blocks import Block, FlashEngine, MatmulEngine, RowGradients
 from .fallback_plan import Part, Strip, plan
 from .masks import block_of, visible
@@ -69,7 +70,8 @@ def attention_backward(
     dsinks = None
     if inputs.sinks is not None and needs.dsinks:
         dsinks = gradient(_delta(dout, dlse, out), lse, inputs.sinks)
-    engine: Engine = FlashEngine if FlashEngine.takes(inputs, spec) and not needs.dbias else MatmulEngine
+    dscores = needs.dbias or needs.dslopes
+    engine: Engine = FlashEngine if FlashEngine.takes(inputs, spec) and not dscores else MatmulEngine
     block = _whole_block(inputs, spec, engine)
     if block is not None:
         _, rows = _silence_empty_rows(q, RowGradients(dout, dlse, out, lse))
@@ -80,11 +82,15 @@ def attention_backward(
             _in_layout_of(v, share.dv) if needs.dv else None,
             None,
             dsinks,
+            None,
         )
     dq, dk, dv, dbias = (
         None if x is None or not need else torch.zeros(x.shape, dtype=_wide(q), device=q.device)
         for x, need in zip((q, k, v, bias), needs[:4], strict=True)
     )
+    dslopes = None
+    if inputs.slopes is not None and needs.dslopes:
+        dslopes = torch.zeros(inputs.slopes.shape, dtype=_wide(q), device=q.device)
     for problem in _problems(inputs, spec, engine, poison=(q, k, v, dout)):
         for strip in problem.strips:
             here = (problem.entries, slice(None), strip.rows)
@@ -92,7 +98,7 @@ def attention_backward(
             q_rows, rows = _silence_empty_rows(problem.inputs.q[:, :, strip.rows], rows)
             for part in strip.parts:
                 block = _block(problem, strip, part, q_rows, _wide(q))
-                share = engine.backward(block, rows, spec, needs.dbias)
+                share = engine.backward(block, rows, spec, dscores)
                 there = (problem.entries, slice(None), part.cols)
                 if dq is not None:
                     dq[here] += share.dq
@@ -103,6 +109,10 @@ def attention_backward(
                 if dbias is not None and share.dscores is not None:
                     target = block_of(_entries_of(dbias, problem.entries), strip.rows, part.cols)
                     target += share.dscores.sum_to_size(target.shape)
+                if dslopes is not None and share.dscores is not None:
+                    of_heads = _entries_of(dslopes, problem.entries)
+                    moved = (share.dscores * _distances(problem, strip.rows, part.cols)).sum((2, 3))
+                    of_heads -= moved.sum_to_size(of_heads.shape)
         if problem.seen is not None:
             for g in (dk, dv):
                 if g is not None:
@@ -113,6 +123,7 @@ def attention_backward(
         None if dv is None else _in_layout_of(v, dv),
         None if dbias is None or bias is None else dbias.to(bias.dtype),
         dsinks,
+        None if dslopes is None or inputs.slopes is None else dslopes.to(inputs.slopes.dtype),
     )
 
 
@@ -151,7 +162,7 @@ def _problems(
         masked = own.mask is not None or own.key_lengths is not None
         strips = plan(spec, seqlen_q, seqlen_k, stop, masked, engine.limits(own, spec))
         seen = _seen(own, spec, strips) if masked and not _harmless(poison) else None
-        is_band = engine is FlashEngine and not masked and own.bias is None
+        is_band = engine is FlashEngine and not masked and own.bias is None and own.slopes is None
         yield _Problem(entries, own, spec, strips, seen, {} if is_band else None)
 
 
@@ -179,6 +190,7 @@ def _by_length(inputs: Inputs) -> Iterator[tuple[slice, Inputs, int]]:
             k=inputs.k[entries],
             v=inputs.v[entries],
             bias=None if inputs.bias is None else _entries_of(inputs.bias, entries),
+            slopes=None if inputs.slopes is None else _entries_of(inputs.slopes, entries),
             mask=None if inputs.mask is None else _entries_of(inputs.mask, entries),
             key_lengths=None,
         )
@@ -212,6 +224,9 @@ def _block(problem: _Problem, strip: Strip, part: Part, q: Tensor, dtype: torch.
     if problem.seen is not None:
         k, v = (torch.where(problem.seen[:, :, cols], x, 0.0) for x in (k, v))
     bias = None if inputs.bias is None else block_of(inputs.bias, rows, cols)
+    if inputs.slopes is not None:
+        alibi = -inputs.slopes.to(_wide(q))[..., None, None] * _distances(problem, rows, cols)
+        bias = alibi if bias is None else bias + alibi
     shown = None
     if part.visible == "some":
         if problem.bands is None:
@@ -228,6 +243,13 @@ def _block(problem: _Problem, strip: Strip, part: Part, q: Tensor, dtype: torch.
         causal=part.visible == "causal",
         none_empty=problem.bands is not None and len(strip.parts) == 1,
     )
+
+
+def _distances(problem: _Problem, rows: slice, cols: slice) -> Tensor:
+    """|p - j|, [rows, cols], in wide dtype."""
+    q, k, spec = problem.inputs.q, problem.inputs.k, problem.spec
+    like = q.new_empty((), dtype=_wide(q))
+    return distances(spec.shift(q.shape[2], k.shape[2]), rows, cols, like)
 
 
 def _band(

@@ -87,7 +87,8 @@ def attention(
             None is unbounded. causal means right = 0.
         mask: bool, True = may attend; broadcasts, right-aligned, to (batch, heads_q, seqlen_q, seqlen_k).
         key_lengths: int (batch,): keys at or past it are hidden; moves no position.
-        bias: float, added to the scores in float32; broadcasts like mask; differentiable.
+        bias: float, added to the scores in float32; broadcasts like mask; differentiable. Or `ALiBi(slopes)`,
+            which adds -slope·|position - key| and stores no scores; or a tuple of both, added up.
         softcap: scores become softcap·tanh(scores / softcap) before the bias (Gemma 2 report, section 2);
             from 2**-60 to 2**60.
         sinks: float (heads_q,): a logit per query head that joins the softmax's denominator and has no value;

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .biases import distances
 from .masks import visible
 from .philox import keep_mask
 from .spec import AttentionSpec, Inputs
@@ -39,6 +40,10 @@ def attention(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     if bias is not None:
         bias = bias.to(wide)
         s = s + (bias if ok is None else torch.where(ok, bias, 0.0))
+    if inputs.slopes is not None:
+        rows, cols = slice(0, q.shape[2]), slice(0, k.shape[2])
+        distance = distances(spec.shift(q.shape[2], k.shape[2]), rows, cols, s)
+        s = s - inputs.slopes.to(wide)[..., None, None] * distance
     if ok is not None:
         s = torch.where(ok, s, -torch.inf)
 

@@ -14,6 +14,8 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
+from .biases import ALiBi, Biases
+
 IMPLEMENTATIONS = ("reference", "fallback", "triton")
 STATISTICS = ("lse",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -28,7 +30,7 @@ class AttentionOptions(TypedDict, total=False):
     window: tuple[int | None, int | None] | None
     mask: Tensor | None
     key_lengths: Tensor | None
-    bias: Tensor | None
+    bias: Biases
     softcap: float | None
     sinks: Tensor | None
     scale: float | None
@@ -60,8 +62,9 @@ class Inputs(NamedTuple):
     q: (batch, heads_q, seqlen_q, head_dim); k: (batch, heads_kv, seqlen_k, head_dim);
     v: (batch, heads_kv, seqlen_k, head_dim_v). Any strides.
     bias: float; mask: bool, True = may attend; both 4-D, each axis either 1 or its full size, so
-    that nothing broadcast is ever stored. sinks: float (heads_q,). key_lengths: int32 (batch,), dense. seed:
-    int64 scalar tensor. The first ones can have gradients: those that `Gradients` has, in its order.
+    that nothing broadcast is ever stored. sinks: float (heads_q,). slopes: ALiBi's, float (1 or batch,
+    heads_q). key_lengths: int32 (batch,), dense. seed: int64 scalar tensor. The first ones can have
+    gradients: those that `Gradients` has, in its order.
     """
 
     q: Tensor
@@ -69,6 +72,7 @@ class Inputs(NamedTuple):
     v: Tensor
     bias: Tensor | None = None
     sinks: Tensor | None = None
+    slopes: Tensor | None = None
     mask: Tensor | None = None
     key_lengths: Tensor | None = None
     seed: Tensor | None = None
@@ -104,6 +108,7 @@ class Gradients(NamedTuple):
     dv: Tensor | None
     dbias: Tensor | None
     dsinks: Tensor | None
+    dslopes: Tensor | None
 
 
 class Needs(NamedTuple):
@@ -114,6 +119,7 @@ class Needs(NamedTuple):
     dv: bool = False
     dbias: bool = False
     dsinks: bool = False
+    dslopes: bool = False
 
 
 N_GRADIENTS = len(Gradients._fields)
@@ -142,7 +148,8 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
         batch = max(batch, batch_k, batch_v) if 0 not in (batch, batch_k, batch_v) else 0
         q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1, -1) for x in (q, k, v))
     target = (batch, heads_q, seqlen_q, seqlen_k)
-    mask, bias, key_lengths = options["mask"], options["bias"], options["key_lengths"]
+    mask, key_lengths = options["mask"], options["key_lengths"]
+    bias, slopes = _split_biases(options["bias"], q, target)
     if mask is not None:
         check_tensor("mask", mask, q.device)
         if mask.dtype != torch.bool:
@@ -151,14 +158,6 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
                 "numbers that are added to the scores go into bias="
             )
         mask = _four_axes("mask", mask, target)
-    if bias is not None:
-        check_tensor("bias", bias, q.device)
-        if bias.dtype not in DTYPES:
-            raise TypeError(
-                f"bias must be a float tensor, got {bias.dtype}; "
-                "a bool tensor that says who may attend goes into mask="
-            )
-        bias = _four_axes("bias", bias, target)
     sinks = options["sinks"]
     if sinks is not None:
         check_tensor("sinks", sinks, q.device)
@@ -177,7 +176,7 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
         if options["check"]:
             _check_lengths(key_lengths, seqlen_k)
         key_lengths = key_lengths.clamp(0, seqlen_k).to(torch.int32).expand(batch).contiguous()
-    return Inputs(q, k, v, bias, sinks, mask, key_lengths, _make_seed(q, options))
+    return Inputs(q, k, v, bias, sinks, slopes, mask, key_lengths, _make_seed(q, options))
 
 
 def make_spec(
@@ -273,6 +272,45 @@ def _four_axes(name: str, x: Tensor, target: tuple[int, int, int, int]) -> Tenso
             f"{tuple(target)}, got shape {tuple(shape)}"
         )
     return x if len(shape) == 4 else x[(None,) * (4 - len(shape))]
+
+
+def _split_biases(
+    given: Biases, q: Tensor, target: tuple[int, int, int, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(the sum of the tensors with four axes, ALiBi's slopes) of a bias or several."""
+    if given is None:
+        return None, None
+    several = isinstance(given, (tuple, list)) and not isinstance(given, ALiBi)
+    bias = slopes = None
+    for one in given if several else (given,):
+        if isinstance(one, ALiBi):
+            if slopes is not None:
+                raise ValueError("bias may hold one ALiBi, got several")
+            slopes = _checked_slopes(one.slopes, q, target)
+            continue
+        check_tensor("bias", one, q.device)
+        if one.dtype not in DTYPES:
+            raise TypeError(
+                f"bias must be a float tensor, got {one.dtype}; "
+                "a bool tensor that says who may attend goes into mask="
+            )
+        one = _four_axes("bias", one, target)
+        bias = one if bias is None else bias + one
+    return bias, slopes
+
+
+def _checked_slopes(slopes: Tensor, q: Tensor, target: tuple[int, int, int, int]) -> Tensor:
+    """With two axes, (1 or batch, heads_q)."""
+    check_tensor("the slopes of ALiBi", slopes, q.device)
+    batch, heads_q = target[:2]
+    if slopes.dtype not in DTYPES:
+        raise TypeError(f"the slopes of ALiBi must be a float tensor, got {slopes.dtype}")
+    if slopes.shape not in ((heads_q,), (1, heads_q), (batch, heads_q)):
+        raise ValueError(
+            f"the slopes of ALiBi must have shape (heads_q,) or (batch, heads_q) = ({batch}, {heads_q}), "
+            f"got {tuple(slopes.shape)}"
+        )
+    return slopes if slopes.ndim == 2 else slopes[None]
 
 
 def _check_lengths(key_lengths: Tensor, seqlen_k: int) -> None:

@@ -74,7 +74,11 @@ class Flash:
             sinks = inputs.sinks.float()[:, None, None]
             shares = torch.exp(sinks - lse[..., None]).masked_fill(dead, 0.0)
             dsinks = self.gradient_of_sinks(shares, delta)
-        return dq, dk, dv, dbias, dsinks
+        dslopes = None
+        if inputs.slopes is not None:
+            moved = self.gradient_of_distances(ds, self.distances(inputs, spec))
+            dslopes = moved.sum((2, 3)).sum_to_size(inputs.slopes.shape)
+        return dq, dk, dv, dbias, dsinks, dslopes
 
     def operands(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v in float32, with what nobody sees cleared, and who sees whom; all per query head."""
@@ -104,7 +108,17 @@ class Flash:
         if spec.softcap is not None:
             t = torch.tanh(scores / spec.softcap)
             scores, slope = spec.softcap * t, 1 - t * t
-        return scores if inputs.bias is None else scores + inputs.bias.float(), slope
+        if inputs.bias is not None:
+            scores = scores + inputs.bias.float()
+        if inputs.slopes is not None:
+            scores = scores - inputs.slopes.float()[..., None, None] * self.distances(inputs, spec)
+        return scores, slope
+
+    def distances(self, inputs: Inputs, spec: AttentionSpec) -> Tensor:
+        """|position - key|, [rows, keys]."""
+        rows, cols = inputs.q.shape[2], inputs.k.shape[2]
+        shift = 0 if spec.top_left else cols - rows
+        return (torch.arange(rows)[:, None] + shift - torch.arange(cols)).abs().to(inputs.q.device)
 
     def survives(
         self, inputs: Inputs, spec: AttentionSpec, shape: torch.Size, backward: bool = False
@@ -138,6 +152,9 @@ class Flash:
 
     def lse_with_sinks(self, lse: Tensor, total: Tensor) -> Tensor:
         return total
+
+    def gradient_of_distances(self, ds: Tensor, distances: Tensor) -> Tensor:
+        return -ds * distances
 
     def gradient_of_sinks(self, shares: Tensor, delta: Tensor) -> Tensor:
         return -(shares * delta).sum((0, 2, 3))

@@ -150,6 +150,16 @@ class DbiasAveraged(Flash):
         return super().over_broadcast(ds, bias) * (bias.numel() / max(ds.numel(), 1))
 
 
+class AlibiFromTopLeft(Flash):
+    def distances(self, inputs: Inputs, spec: AttentionSpec) -> Tensor:
+        return super().distances(inputs, spec._replace(top_left=True))
+
+
+class SlopeGradientNegated(Flash):
+    def gradient_of_distances(self, ds: Tensor, distances: Tensor) -> Tensor:
+        return ds * distances
+
+
 class SinkMissingFromLse(Flash):
     def lse_with_sinks(self, lse: Tensor, total: Tensor) -> Tensor:
         return lse
@@ -241,6 +251,7 @@ GROUPED = Case("grouped", heads_q=4)
 SOFTCAP = Case("softcap", softcap=2.0)
 DROPOUT = Case("dropout", dropout_p=0.3)
 SINKS = Case("sinks", sinks=True)
+ALIBI = Case("alibi", alibi="h")
 EMPTY_ROWS = Case("empty rows", mask=Extra("empty_rows", "qk"))
 LENGTHS = Case("lengths", batch=2, key_lengths=(21, 4))
 
@@ -274,6 +285,12 @@ BUGS = {
     "lse in base 2": Bug(LseInBase2(), PLAIN, "lse is: in base 2"),
     "lse +inf on empty rows": Bug(EmptyRowsPlusInfinity(), EMPTY_ROWS, "out 0, lse +inf, gradients 0"),
     "lse gradient ignored": Bug(LseGradientIgnored(), PLAIN, "the gradient of lse: ignored"),
+    "ALiBi from the top-left": Bug(
+        AlibiFromTopLeft(), replace(ALIBI, seqlen_k=50), "query 0 standing at key 0"
+    ),
+    "ALiBi's gradient negated": Bug(
+        SlopeGradientNegated(), ALIBI, "the gradient of ALiBi's slopes: of the wrong sign"
+    ),
     "sink missing from lse": Bug(SinkMissingFromLse(), SINKS, "lse with a sink: does not include it"),
     "sink gradient ignored": Bug(SinkGradientIgnored(), SINKS, "the gradient of a sink: zero"),
     "NaN on empty rows": Bug(NanOnEmptyRows(), EMPTY_ROWS, "out NaN"),

@@ -162,7 +162,13 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc: getrusage inherits pytest's")
 @pytest.mark.parametrize(
-    "options", ["{'window': (127, 0)}", "{'causal': True, 'softcap': 5.0}", "{'mask': torch.ones(8192) > 0}"]
+    "options",
+    [
+        "{'window': (127, 0)}",
+        "{'causal': True, 'softcap': 5.0}",
+        "{'mask': torch.ones(8192) > 0}",
+        "{'bias': undivided.ALiBi(torch.ones(2))}",
+    ],
 )
 def test_memory_is_linear(options: str) -> None:
     """A matrix of scores, or a mask of that size: 2 heads x 8192² x 4 bytes would be 512 MiB."""

@@ -349,11 +349,11 @@ def test_a_call_and_its_flags_are_the_same() -> None:
     """The process under another Triton must be asked for the same call, every option included."""
     call = call_flags.Call(
         batch=2, heads_kv=4, head_dim_v=32, causal=True, window=(None, 0), mask=(8, 8), key_lengths=True,
-        bias=(1, 1, 1, 8), softcap=30.0, scale=-0.5, dropout_p=0.1, dtype="float16",
+        bias=(1, 1, 1, 8), alibi=True, softcap=30.0, sinks=True, scale=-0.5, dropout_p=0.1, dtype="float16",
     )  # fmt: skip
     parser = argparse.ArgumentParser()
     call_flags.add_arguments(parser)
     assert call_flags.Call.of(parser.parse_args(against.flags(asdict(call)))) == call
     assert call_flags.Call.of(parser.parse_args([])) == call_flags.Call()
-    assert set(call.options.split()) == set(DEFAULTS) - {"seed", "check", "impl"}
+    assert set(call.options.split()) == {*DEFAULTS, "alibi"} - {"seed", "check", "impl"}
     assert str(call_flags.Call()) == "bfloat16 d64 plain"

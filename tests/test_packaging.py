@@ -26,12 +26,13 @@ FOLDERS = {
     "conformance": {"kernels"},
     "bench": {"", "conformance", "kernels", "extras"},
 }
-EVERYWHERE = {"spec", "masks", "philox", "sinks", "tracing"}
+EVERYWHERE = {"spec", "masks", "philox", "sinks", "biases", "tracing"}
 KERNELS = {
     "spec": set(),
     "masks": set(),
     "philox": set(),
     "sinks": set(),
+    "biases": set(),
     "tracing": set(),
     "evidence": set(),
     "reference": set(),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import spec as contract
+from ...kernels.biases import ALiBi
 from ...kernels.triton import attention_backward, attention_forward
 from .absent_gpu import absent_gpu
 from .report import Row, Variant, figures, kernel_name
@@ -29,14 +30,19 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "lengths": lambda: {"key_lengths": _tensor(BATCH, dtype=torch.int32)},
     "mask": lambda: {"mask": _tensor(BATCH, 1, SEQLEN, SEQLEN, dtype=torch.bool)},
     "bias": lambda: {"bias": _tensor(1, HEADS_Q, SEQLEN, SEQLEN, dtype=torch.bfloat16)},
+    "alibi": lambda: {"bias": ALiBi(_tensor(HEADS_Q, dtype=torch.float32))},
     "softcap": lambda: {"softcap": 30.0},
     "dropout": lambda: {"dropout_p": 0.1},
     "all": lambda: {
         "causal": True,
         "key_lengths": _tensor(BATCH, dtype=torch.int32),
         "mask": _tensor(BATCH, 1, 1, SEQLEN, dtype=torch.bool),
-        "bias": _tensor(1, HEADS_Q, SEQLEN, SEQLEN, dtype=torch.float32),
+        "bias": (
+            _tensor(1, HEADS_Q, SEQLEN, SEQLEN, dtype=torch.float32),
+            ALiBi(_tensor(HEADS_Q, dtype=torch.float32)),
+        ),
         "softcap": 30.0,
+        "sinks": _tensor(HEADS_Q, dtype=torch.float32),
         "dropout_p": 0.1,
     },
 }
@@ -104,6 +110,5 @@ def call(variant: Variant) -> None:
     inputs = contract.make_inputs(q, k, v, options)
     spec = contract.make_spec(variant.head_dim, options, top_left=False, tf32=False)
     out, lse = attention_forward(inputs, spec)
-    attention_backward(
-        dout, None, out, lse, inputs, spec, contract.Needs(True, True, True, inputs.bias is not None)
-    )
+    needs = contract.Needs(*(x is not None for x in inputs[: contract.N_GRADIENTS]))
+    attention_backward(dout, None, out, lse, inputs, spec, needs)

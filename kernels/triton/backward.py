@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +20,7 @@ from . import softmax, tiles
 from .bias_gradient import dbias_kernel
 from .config import Kernel, TileConfig, architecture, does_more_than_softmax, tile_config
 from .key_gradients import dkdv_kernel
-from .launch import Launch, broadcast_strides, dropout_seed, dropped_bits, kept_scale
+from .launch import Launch, broadcast_strides, dense_slopes, dropout_seed, dropped_bits, kept_scale
 from .query_gradient import dq_kernel
 
 ROW_STATISTICS = TileConfig(32, 32, num_warps=4, num_stages=1)
@@ -37,7 +38,7 @@ def _row_statistics_kernel(
     dout_strides,
     lse_ptr,
     dlse_ptr,
-    bias_ptr,
+    added_ptr,
     offset_ptr,
     delta_ptr,
     softcap,
@@ -47,6 +48,8 @@ def _row_statistics_kernel(
     BLOCK_Q: tl.constexpr,
 ):
     """delta = rowsum(out·dout) - dlse, and the lse as `softmax.probabilities` subtracts it.
+
+    added_ptr: None if nothing is added to the scores.
 
     An empty row gets delta 0 and offset +inf, whatever out, dout and dlse hold there.
     """
@@ -69,7 +72,7 @@ def _row_statistics_kernel(
     delta = tl.where(lse == float("-inf"), 0.0, delta)
     statistics = tiles.statistics_of(plane, seqlen_q) + index
     tl.store(delta_ptr + statistics, delta)
-    tl.store(offset_ptr + statistics, softmax.lse_offset(lse, softcap, bias_ptr))
+    tl.store(offset_ptr + statistics, softmax.lse_offset(lse, softcap, added_ptr))
 
 
 def attention_backward(
@@ -93,9 +96,13 @@ def attention_backward(
         launch.recall(inputs.q.device)
     for launch in launches:
         launch.run(inputs.q.device)
-    if inputs.sinks is None or not needs.dsinks:
-        return gradients
-    return gradients._replace(dsinks=attention_sinks.gradient(delta, lse, inputs.sinks))
+    dsinks, dslopes = None, gradients.dslopes
+    if inputs.sinks is not None and needs.dsinks:
+        dsinks = attention_sinks.gradient(delta, lse, inputs.sinks)
+    if inputs.slopes is not None and dslopes is not None:
+        dslopes = dslopes.sum(2).sum_to_size(inputs.slopes.shape).to(inputs.slopes.dtype)
+    dq = gradients.dq if needs.dq else None
+    return gradients._replace(dq=dq, dsinks=dsinks, dslopes=dslopes)
 
 
 def backward_launches(
@@ -113,12 +120,16 @@ def backward_launches(
     dsinks is a sum over delta, and has no launch. With meta tensors and a config for every kernel: launches
     to compile only.
     """
-    q, k, v, bias, _, mask, key_lengths, _ = inputs
+    q, k, v, bias, _, slopes, mask, key_lengths, _ = inputs
     batch, heads_q, seqlen_q, head_dim = q.shape
     heads_kv, seqlen_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     dq, dk, dv = (like(x, x.shape[3]) if need else None for x, need in zip(inputs[:3], needs))
     dbias = bias.new_empty(bias.shape) if bias is not None and needs.dbias else None
-    gradients = Gradients(dq, dk, dv, dbias, None)
+    dslopes = None
+    if slopes is not None and needs.dslopes:  # of each row; `attention_backward` adds them up
+        dslopes = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        dq = like(q, head_dim) if dq is None else dq  # the same kernel fills both
+    gradients = Gradients(dq, dk, dv, dbias, None, dslopes)
     if not any(needs):
         return gradients, [], lse
 
@@ -130,7 +141,7 @@ def backward_launches(
     left, right = (None if x is None else min(x, seqlen_q + seqlen_k) for x in (spec.left, spec.right))
     operands = (q, q.stride(), k, k.stride(), v, v.stride(), dout, dout.stride(), offset, delta)
     options = (
-        bias, broadcast_strides(bias), mask, broadcast_strides(mask), key_lengths,
+        bias, broadcast_strides(bias), mask, broadcast_strides(mask), *dense_slopes(slopes), key_lengths,
         dropout_seed(inputs, spec), dropped_bits(spec.dropout_p), kept_scale(spec.dropout_p),
         spec.scale, spec.softcap, heads_kv, heads_q // heads_kv, seqlen_q, seqlen_k,
         spec.shift(seqlen_q, seqlen_k), left, right,
@@ -155,7 +166,8 @@ def backward_launches(
         }
         return Launch(kernel, programs, (*operands, *outputs, *options), constants, tile)
 
-    launches = [_row_statistics_launch(dout, dlse, out, lse, bias, offset, delta, spec)]
+    added = slopes if bias is None else bias
+    launches = [_row_statistics_launch(dout, dlse, out, lse, added, offset, delta, spec)]
     if dk is not None or dv is not None:
         tile = row("dkdv")
         programs = batch * heads_kv * -(-seqlen_k // tile.block_k)
@@ -166,7 +178,7 @@ def backward_launches(
     if dq is not None:
         tile = row("dq")
         programs = batch * heads_q * -(-seqlen_q // tile.block_q)
-        launches.append(launch(dq_kernel, programs, (dq, dq.stride()), tile))
+        launches.append(launch(dq_kernel, programs, (dq, dq.stride(), dslopes), tile))
     if dbias is not None:
         tile = row("dbias")
         n_batches, n_heads, n_rows, n_cols = dbias.shape
@@ -185,7 +197,7 @@ def _row_statistics_launch(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    bias: Tensor | None,
+    added: Tensor | None,
     offset: Tensor,
     delta: Tensor,
     spec: AttentionSpec,
@@ -193,7 +205,8 @@ def _row_statistics_launch(
     _, heads, seqlen_q, head_dim_v = out.shape
     tile = ROW_STATISTICS
     arguments = (
-        out, out.stride(), dout, dout.stride(), lse, dlse, bias, offset, delta, spec.softcap, heads, seqlen_q,
+        out, out.stride(), dout, dout.stride(), lse, dlse, added, offset, delta, spec.softcap, heads,
+        seqlen_q,
     )  # fmt: skip
     programs = delta.numel() // tile.block_q
     constants = {"HEAD_DIM_V": head_dim_v, "BLOCK_Q": tile.block_q}

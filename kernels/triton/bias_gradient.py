@@ -14,7 +14,7 @@ from . import softmax, tiles, visibility
 
 @triton.jit(do_not_specialize=[
     "summed_batches", "summed_heads", "bias_heads",
-    "last_dropped", "heads_kv", "group", "seqlen_q", "seqlen_k", "shift", "left", "right",
+    "slopes_step", "last_dropped", "heads_kv", "group", "seqlen_q", "seqlen_k", "shift", "left", "right",
 ])  # fmt: skip
 def dbias_kernel(
     q_ptr,
@@ -36,6 +36,8 @@ def dbias_kernel(
     bias_strides,
     mask_ptr,
     mask_strides,
+    slopes_ptr,
+    slopes_step,
     lengths_ptr,
     seed_ptr,
     last_dropped,
@@ -96,6 +98,9 @@ def dbias_kernel(
             dout_rows = tiles.rows_of_head(
                 dout_ptr, dout_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM_V, False
             )
+            slope = None
+            if slopes_ptr is not None:
+                slope = softmax.slope_of(slopes_ptr, slopes_step, batch, head)
             plane_q = batch * heads_q + head
             statistics = tiles.statistics_of(plane_q, seqlen_q)
             for row in tl.range(first_row, stop_row, BLOCK_Q):
@@ -128,6 +133,7 @@ def dbias_kernel(
                         keep = softmax.keep_mask(seed, last_dropped, plane_q, rows, col, BLOCK_K)
                     ok = visibility.element_mask(rows, cols, n_keys, shift, left, right, mask, True)
                     bias = tiles.load_pairs(bias_ptr, bias_strides, batch, head, rows, cols, n_keys, True)
+                    bias = softmax.added(bias, slope, rows, cols, shift)
                     dots = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
                     s = softmax.scores(dots, scale, softcap, bias)
                     p = softmax.probabilities(s, unit, offset[:, None], softcap, bias)

@@ -15,6 +15,7 @@ from .config import TileConfig, architecture, does_more_than_softmax, tile_confi
 from .launch import (
     Launch,
     broadcast_strides,
+    dense_slopes,
     descriptors_fit,
     dropout_seed,
     dropped_bits,
@@ -48,7 +49,7 @@ def _attend(
     """Let the query tile attend to the key tiles from first to stop."""
     acc, row_max, row_sum = state
     k_rows, k_strides, v_rows, v_strides = keys
-    bias_ptr, bias_strides, mask_ptr, mask_strides = pairs
+    bias_ptr, bias_strides, mask_ptr, mask_strides, slope = pairs
     seed, last_dropped, plane = dropout
     batch, head, rows = where
     lo, hi, n_keys, shift, left, right = window
@@ -76,6 +77,7 @@ def _attend(
         dots = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
         if bias_ptr is not None:
             bias = tiles.load_pairs(bias_ptr, bias_strides, batch, head, rows, cols, n_keys, EDGE)
+        bias = softmax.added(bias, slope, rows, cols, shift)
         s = softmax.scores(dots, scale, softcap, bias)
         # Compared here, next to its use: earlier, every comparison would occupy a register bit.
         ok = visibility.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE)
@@ -91,6 +93,7 @@ def _attend(
 
 @triton.jit(
     do_not_specialize=[
+        "slopes_step",
         "last_dropped",
         "heads_kv",
         "group",
@@ -116,6 +119,8 @@ def _forward_kernel(
     mask_ptr,
     mask_strides,
     sinks_ptr,
+    slopes_ptr,
+    slopes_step,
     lengths_ptr,
     seed_ptr,
     last_dropped,
@@ -155,7 +160,8 @@ def _forward_kernel(
     q = tiles.load_rows(q_rows, q_strides, first_row, 0, seqlen_q, BLOCK_Q, HEAD_DIM, True, TMA)
     if NEGATIVE:  # the running maximum needs scores that grow with the products
         q = -q
-    unit = softmax.score_unit(scale, softcap, bias_ptr)
+    anything_added = softmax.either(bias_ptr, slopes_ptr)
+    unit = softmax.score_unit(scale, softcap, anything_added)
 
     PADDED_V: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM_V))
     state = (
@@ -164,7 +170,10 @@ def _forward_kernel(
         tl.zeros([BLOCK_Q], tl.float32),
     )
     keys = (k_rows, k_strides, v_rows, v_strides)
-    pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides)
+    pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides, None)
+    if slopes_ptr is not None:
+        slope = softmax.slope_of(slopes_ptr, slopes_step, batch, head)
+        pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides, slope)
     dropout = (None, None, None)
     if seed_ptr is not None:
         dropout = (tl.load(seed_ptr), last_dropped, plane)
@@ -187,7 +196,7 @@ def _forward_kernel(
         )  # fmt: skip
 
     acc, row_max, row_sum = state
-    lse = softmax.natural_lse(row_max, row_sum, scale, softcap, bias_ptr)
+    lse = softmax.natural_lse(row_max, row_sum, scale, softcap, anything_added)
     if sinks_ptr is not None:
         lse, share = softmax.join_sink(lse, tl.load(sinks_ptr + head).to(tl.float32))
         acc = acc * share[:, None]
@@ -224,7 +233,7 @@ def forward_launch(
     config: TileConfig | None = None,
 ) -> Launch:
     """The launch that fills out and lse; with meta tensors and a config, one to compile only."""
-    q, k, v, bias, sinks, mask, key_lengths, _ = inputs
+    q, k, v, bias, sinks, slopes, mask, key_lengths, _ = inputs
     batch, heads_q, seqlen_q, head_dim = q.shape
     heads_kv, seqlen_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     if config is None:
@@ -238,7 +247,7 @@ def forward_launch(
     arguments: tuple[Any, ...] = (
         q, q.stride(), k, k.stride(), v, v.stride(), out, out.stride(), lse,
         bias, broadcast_strides(bias), mask, broadcast_strides(mask),
-        None if sinks is None else sinks.contiguous(), key_lengths,
+        None if sinks is None else sinks.contiguous(), *dense_slopes(slopes), key_lengths,
         dropout_seed(inputs, spec), dropped_bits(spec.dropout_p), kept_scale(spec.dropout_p),
         positive_scale(spec.scale), spec.softcap,
         heads_kv, heads_q // heads_kv, seqlen_q, seqlen_k, shift, left, right,

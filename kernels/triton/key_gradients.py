@@ -40,7 +40,7 @@ def _gather_from_queries(
     """
     q_rows, q_strides, dout_rows, dout_strides, offset_ptr, delta_ptr = queries
     dk_ptr, dv_ptr = outputs
-    bias_ptr, bias_strides, mask_ptr, mask_strides = pairs
+    bias_ptr, bias_strides, mask_ptr, mask_strides, slope = pairs
     seed, last_dropped, kept_scale, plane = dropout
     batch, head, first_col = where
     seqlen_q, n_keys, shift, left, right, full_lo, full_hi = window
@@ -68,6 +68,7 @@ def _gather_from_queries(
             mask = tiles.load_pairs(mask_ptr, mask_strides, batch, head, rows, cols, n_keys, EDGE)
         if bias_ptr is not None:
             bias = tiles.load_pairs(bias_ptr, bias_strides, batch, head, rows, cols, n_keys, EDGE)
+        bias = softmax.added(bias, slope, rows, cols, shift)
         if seed is not None:
             keep = softmax.keep_mask(seed, last_dropped, plane, rows.T, first_col, BLOCK_K).T
 
@@ -92,7 +93,7 @@ def _gather_from_queries(
 
 
 @triton.jit(do_not_specialize=[
-    "last_dropped", "heads_kv", "group", "seqlen_q", "seqlen_k", "shift", "left", "right",
+    "slopes_step", "last_dropped", "heads_kv", "group", "seqlen_q", "seqlen_k", "shift", "left", "right",
 ])  # fmt: skip
 def dkdv_kernel(
     q_ptr,
@@ -113,6 +114,8 @@ def dkdv_kernel(
     bias_strides,
     mask_ptr,
     mask_strides,
+    slopes_ptr,
+    slopes_step,
     lengths_ptr,
     seed_ptr,
     last_dropped,
@@ -146,7 +149,7 @@ def dkdv_kernel(
     seen_lo, seen_hi = visibility.seen_keys(seqlen_q, n_keys, shift, left, right)
     k = tiles.load_rows(k_rows, k_strides, first_col, seen_lo, seen_hi, BLOCK_K, HEAD_DIM, True, False)
     v = tiles.load_rows(v_rows, v_strides, first_col, seen_lo, seen_hi, BLOCK_K, HEAD_DIM_V, True, False)
-    unit = softmax.score_unit(scale, softcap, bias_ptr)
+    unit = softmax.score_unit(scale, softcap, softmax.either(bias_ptr, slopes_ptr))
     outputs = (dk_ptr, dv_ptr)
     dk = 0.0
     dv = 0.0
@@ -154,12 +157,15 @@ def dkdv_kernel(
         dk = tl.zeros([BLOCK_K, max(16, triton.next_power_of_2(HEAD_DIM))], tl.float32)
     if dv_ptr is not None:
         dv = tl.zeros([BLOCK_K, max(16, triton.next_power_of_2(HEAD_DIM_V))], tl.float32)
-    pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides)
     window = (seqlen_q, n_keys, shift, left, right, full_lo, full_hi)
     edges_stop = hi - (full_hi - full_lo) + BLOCK_Q - 1
     for member in tl.range(0, group):
         head = head_kv * group + member
         plane = batch * heads_kv * group + head
+        pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides, None)
+        if slopes_ptr is not None:
+            slope = softmax.slope_of(slopes_ptr, slopes_step, batch, head)
+            pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides, slope)
         first_statistic = tiles.statistics_of(plane, seqlen_q)
         queries = (
             tiles.rows_of_head(q_ptr, q_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM, False),

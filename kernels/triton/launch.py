@@ -108,6 +108,13 @@ def broadcast_strides(x: Tensor | None) -> Strides | None:
     )
 
 
+def dense_slopes(slopes: Tensor | None) -> tuple[Tensor | None, int | None]:
+    """ALiBi's slopes in float32, and how far those of the next batch entry are: 0 if it has the same."""
+    if slopes is None:
+        return None, None
+    return slopes.float().contiguous(), 0 if slopes.shape[0] == 1 else slopes.shape[1]
+
+
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     """Memory for tensor descriptors made inside kernels."""
     return torch.empty(size, dtype=torch.int8, device="cuda")

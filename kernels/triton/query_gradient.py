@@ -10,7 +10,7 @@ from . import softmax, tiles, visibility
 
 @triton.jit
 def _gather_from_keys(
-    dq,
+    sums,
     q,
     dout,
     offset,
@@ -31,9 +31,11 @@ def _gather_from_keys(
     EDGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add to dq of a query tile what key tiles from start to stop contribute."""
+    """Add to dq of a query tile, and to its rows' gradient of ALiBi's slope as far as somebody asks for
+    it, what key tiles from start to stop contribute."""
+    dq, dslope = sums
     k_rows, k_strides, v_rows, v_strides = keys
-    bias_ptr, bias_strides, mask_ptr, mask_strides = pairs
+    bias_ptr, bias_strides, mask_ptr, mask_strides, slope, dslope_ptr = pairs
     seed, last_dropped, kept_scale, plane = dropout
     batch, head, rows = where
     n_keys, shift, left, right, lo, full_lo, full_hi, hi = window
@@ -52,6 +54,7 @@ def _gather_from_keys(
             mask = tiles.load_pairs(mask_ptr, mask_strides, batch, head, rows, cols, n_keys, EDGE)
         if bias_ptr is not None:
             bias = tiles.load_pairs(bias_ptr, bias_strides, batch, head, rows, cols, n_keys, EDGE)
+        bias = softmax.added(bias, slope, rows, cols, shift)
         if seed is not None:
             keep = softmax.keep_mask(seed, last_dropped, plane, rows, first_col, BLOCK_K)
         ok = visibility.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE)
@@ -65,15 +68,18 @@ def _gather_from_keys(
         s = softmax.scores(dots, scale, softcap, bias)
         p = softmax.probabilities(s, unit, offset[:, None], softcap, bias)
         ds = p * (dp - delta[:, None])
+        if dslope_ptr is not None:
+            moved = ds * softmax.distances(rows, cols, shift)
+            dslope -= tl.sum(visibility.zero_hidden(moved, ok), 1)
         if softcap is not None:
             ds *= softmax.softcap_slope(dots, scale, softcap)
         ds = visibility.zero_hidden(ds, ok)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    return dq
+    return dq, dslope
 
 
 @triton.jit(do_not_specialize=[
-    "last_dropped", "heads_kv", "group", "seqlen_q", "seqlen_k", "shift", "left", "right",
+    "slopes_step", "last_dropped", "heads_kv", "group", "seqlen_q", "seqlen_k", "shift", "left", "right",
 ])  # fmt: skip
 def dq_kernel(
     q_ptr,
@@ -88,10 +94,13 @@ def dq_kernel(
     delta_ptr,
     dq_ptr,
     dq_strides,
+    dslope_ptr,
     bias_ptr,
     bias_strides,
     mask_ptr,
     mask_strides,
+    slopes_ptr,
+    slopes_step,
     lengths_ptr,
     seed_ptr,
     last_dropped,
@@ -111,7 +120,7 @@ def dq_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq = scale·dS·k of one query tile."""
+    """dq = scale·dS·k of one query tile; and -Σ dS·|position - key| of its rows, if dslope_ptr is given."""
     tile, batch, head, head_kv = tiles.whose_tile(
         tl.program_id(0), tl.cdiv(seqlen_q, BLOCK_Q), heads_kv, group, right is not None
     )
@@ -128,27 +137,39 @@ def dq_kernel(
     statistics = tiles.statistics_of(plane, seqlen_q)
     offset, _ = tiles.row_offsets(offset_ptr + statistics, first_row, seqlen_q, BLOCK_Q, False)
     delta = tl.load(delta_ptr + statistics + first_row + tl.arange(0, BLOCK_Q))
-    unit = softmax.score_unit(scale, softcap, bias_ptr)
+    unit = softmax.score_unit(scale, softcap, softmax.either(bias_ptr, slopes_ptr))
     k_rows = tiles.rows_of_head(k_ptr, k_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM, False)
     v_rows = tiles.rows_of_head(v_ptr, v_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM_V, False)
     keys = (k_rows, k_strides, v_rows, v_strides)
-    pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides)
+    pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides, None, dslope_ptr)
+    if slopes_ptr is not None:
+        slope = softmax.slope_of(slopes_ptr, slopes_step, batch, head)
+        pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides, slope, dslope_ptr)
     dropout = (None, None, None, None)
     if seed_ptr is not None:
         dropout = (tl.load(seed_ptr), last_dropped, kept_scale, plane)
     where = (batch, head, visibility.row_numbers(first_row, seqlen_q, BLOCK_Q)[:, None])
     window = (n_keys, shift, left, right, lo, full_lo, full_hi, hi)
     edges_stop = hi - (full_hi - full_lo) + BLOCK_K - 1
-    dq = tl.zeros([BLOCK_Q, max(16, triton.next_power_of_2(HEAD_DIM))], tl.float32)
-    dq = _gather_from_keys(
-        dq, q, dout, offset, delta, keys, pairs, dropout, where, window, full_lo, full_hi, unit, scale,
+    dslope = 0.0
+    if dslope_ptr is not None:
+        dslope = tl.zeros([BLOCK_Q], tl.float32)
+    sums = (tl.zeros([BLOCK_Q, max(16, triton.next_power_of_2(HEAD_DIM))], tl.float32), dslope)
+    sums = _gather_from_keys(
+        sums, q, dout, offset, delta, keys, pairs, dropout, where, window, full_lo, full_hi, unit, scale,
         softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, PRECISION,
     )  # fmt: skip
-    dq = _gather_from_keys(
-        dq, q, dout, offset, delta, keys, pairs, dropout, where, window, lo, edges_stop, unit,
+    sums = _gather_from_keys(
+        sums, q, dout, offset, delta, keys, pairs, dropout, where, window, lo, edges_stop, unit,
         scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, PRECISION,
     )  # fmt: skip
     # An empty row may hold NaN in q and dout, and its neighbours' keys have met it.
-    dq = tl.where((offset == float("inf"))[:, None], 0.0, dq * scale)
+    dq, dslope = sums
+    empty = offset == float("inf")
+    dq = tl.where(empty[:, None], 0.0, dq * scale)
     dq_rows = tiles.rows_of_head(dq_ptr, dq_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM, False)
     tiles.store_rows(dq_rows, dq_strides, first_row, seqlen_q, dq, BLOCK_Q, HEAD_DIM)
+    if dslope_ptr is not None:
+        index = first_row + tl.arange(0, BLOCK_Q)
+        ptr = dslope_ptr + plane.to(tl.int64) * seqlen_q + index
+        tl.store(ptr, tl.where(empty, 0.0, dslope), mask=index < seqlen_q)

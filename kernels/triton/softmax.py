@@ -29,6 +29,40 @@ def scores(dots, scale, softcap, bias):
 
 
 @triton.jit
+def added(bias, slope, rows, cols, shift):
+    """What is added to scores: a tile of the bias, ALiBi's -slope·|position - key|, both, or None."""
+    if slope is not None:
+        alibi = -slope * distances(rows, cols, shift)
+        if bias is not None:
+            return bias.to(tl.float32) + alibi
+        else:
+            return alibi
+    elif bias is not None:
+        return bias
+
+
+@triton.jit
+def distances(rows, cols, shift):
+    """|position - key| in fp32."""
+    return tl.abs(rows + shift - cols).to(tl.float32)
+
+
+@triton.jit
+def slope_of(slopes_ptr, slopes_step, batch, head):
+    """ALiBi's slope of one query head. slopes_step: from one batch entry to the next."""
+    return tl.load(slopes_ptr + batch.to(tl.int64) * slopes_step + head)
+
+
+@triton.jit
+def either(bias_ptr, slopes_ptr):
+    """None if nothing is added to the scores."""
+    if bias_ptr is not None:
+        return bias_ptr
+    elif slopes_ptr is not None:
+        return slopes_ptr
+
+
+@triton.jit
 def score_unit(scale, softcap, bias):
     """Factor from what `scores` returns to base-2 scores: it becomes one FFMA with the subtraction."""
     if softcap is None and bias is None:

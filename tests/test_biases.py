@@ -1,0 +1,92 @@
+"""ALiBi: what the suite's cases cannot see, because the reference shares it; and several biases at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from undivided import ALiBi, attention
+
+
+@pytest.fixture(params=["reference", "fallback", "triton"])
+def impl(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def qkv(device: torch.device, seqlen_q: int = 9, seqlen_k: int = 12) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((2, 4, seqlen_q, 16), (2, 2, seqlen_k, 16), (2, 2, seqlen_k, 16))
+    return [torch.randn(s, generator=generator).to(device).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("per_batch", [False, True])
+def test_alibi_is_a_bias_of_distances(per_batch: bool, impl: str, device: torch.device) -> None:
+    """Distances from the wrong position, a sign, slopes of another head or batch entry, and dslopes."""
+    q, k, v = qkv(device)
+    slopes = torch.rand((2, 4) if per_batch else (4,), device=device, requires_grad=True)
+    distance = (torch.arange(9, device=device)[:, None] + 3 - torch.arange(12, device=device)).abs()
+    dense = -slopes[..., None, None] * distance
+    out = attention(q, k, v, bias=ALiBi(slopes), causal=True, impl=impl)
+    expected = attention(q, k, v, bias=dense, causal=True, impl="reference")
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    ours = torch.autograd.grad(out, (q, k, v, slopes), dout)
+    theirs = torch.autograd.grad(expected, (q, k, v, slopes), dout)
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_several_biases_are_added(impl: str, device: torch.device) -> None:
+    """One of them forgotten, or the gradient of one lost."""
+    q, k, v = qkv(device)
+    keys, heads = (torch.randn(s, device=device, requires_grad=True) for s in ((12,), (4, 9, 1)))
+    slopes = torch.rand(4, device=device, requires_grad=True)
+    distance = (torch.arange(9, device=device)[:, None] + 3 - torch.arange(12, device=device)).abs()
+    out = attention(q, k, v, bias=(keys, ALiBi(slopes), heads), impl=impl)
+    dense = keys + heads - slopes[:, None, None] * distance
+    expected = attention(q, k, v, bias=dense, impl="reference")
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    ours = torch.autograd.grad(out, (keys, heads, slopes), dout)
+    for x, y in zip(ours, torch.autograd.grad(expected, (keys, heads, slopes), dout), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_slopes_alone(impl: str, device: torch.device) -> None:
+    """A gradient that somebody computes only on the way to dq."""
+    q, k, v = (x.detach() for x in qkv(device))
+    slopes = torch.rand(4, device=device, requires_grad=True)
+    (alone,) = torch.autograd.grad(attention(q, k, v, bias=ALiBi(slopes), impl=impl).sin().sum(), slopes)
+    q.requires_grad_()
+    both = attention(q, k, v, bias=ALiBi(slopes), impl=impl).sin().sum()
+    torch.testing.assert_close(alone, torch.autograd.grad(both, (slopes, q))[0])
+
+
+def test_the_slopes_of_the_paper() -> None:
+    """Press et al. 2022, section 3: 1/2 ... 1/256 for 8 heads; for 12, those of 8 and 4 of those of 16."""
+    torch.testing.assert_close(ALiBi.of_heads(8).slopes, 2.0 ** -torch.arange(1.0, 9.0))
+    expected = torch.cat([2.0 ** -torch.arange(1.0, 9.0), 2.0 ** -torch.arange(0.5, 4.0)])
+    torch.testing.assert_close(ALiBi.of_heads(12).slopes, expected)
+    with pytest.raises(ValueError, match="heads must be at least 1, got 0"):
+        ALiBi.of_heads(0)
+
+
+@pytest.mark.parametrize(
+    ("bias", "error", "words"),
+    [
+        (ALiBi([0.5] * 4), TypeError, r"the slopes of ALiBi must be a torch.Tensor, got list"),
+        (ALiBi(torch.zeros(4, dtype=torch.int64)), TypeError, r"slopes of ALiBi must be a float tensor"),
+        (ALiBi(torch.zeros(3)), ValueError, r"\(heads_q,\) or \(batch, heads_q\) = \(2, 4\), got \(3,\)"),
+        (ALiBi(torch.zeros(3, 4)), ValueError, r"= \(2, 4\), got \(3, 4\)"),
+        ((ALiBi(torch.zeros(4)), ALiBi(torch.zeros(4))), ValueError, "bias may hold one ALiBi, got several"),
+        ((torch.zeros(12), 3.0), TypeError, r"bias must be a torch.Tensor, got float"),
+        ((torch.zeros(12), torch.zeros(5)), ValueError, r"bias must broadcast.*got shape \(5,\)"),
+        ("alibi", TypeError, r"bias must be a torch.Tensor, got str"),
+    ],
+)
+def test_wrong_biases(bias: Any, error: type[Exception], words: str) -> None:
+    q, k, v = qkv(torch.device("cpu"))
+    with pytest.raises(error, match=words):
+        attention(q, k, v, bias=bias)
