@@ -11,7 +11,16 @@ and why. Importing touches no device, file or global setting and imports no trit
 from .kernels.biases import ALiBi
 from .kernels.explain import Explanation, explain
 from .kernels.functional import attention, scaled_dot_product_attention
+from .kernels.merge import merge
 from .kernels.spec import AttentionStats
 
 __version__ = "0.1.0"
-__all__ = ["ALiBi", "AttentionStats", "Explanation", "attention", "explain", "scaled_dot_product_attention"]
+__all__ = [
+    "ALiBi",
+    "AttentionStats",
+    "Explanation",
+    "attention",
+    "explain",
+    "merge",
+    "scaled_dot_product_attention",
+]

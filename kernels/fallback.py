@@ -17,6 +17,7 @@ from .biases import distances
 from .fallback_blocks import Block, FlashEngine, MatmulEngine, RowGradients
 from .fallback_plan import Part, Strip, plan
 from .masks import block_of, visible
+from .merge import merged
 from .philox import keep_mask
 from .sinks import gradient, join
 from .spec import AttentionSpec, Gradients, Inputs, Needs, like, seq_major
@@ -204,16 +205,9 @@ def _forward_strip(problem: _Problem, engine: Engine, strip: Strip) -> tuple[Ten
     narrow = not others and engine is FlashEngine and engine.stays_narrow(problem.inputs, problem.spec)
     out, lse = engine.forward(_block(problem, strip, first, q, q.dtype if narrow else _wide(q)), problem.spec)
     for part in others:
-        out, lse = _merge(out, lse, *engine.forward(_block(problem, strip, part, q, _wide(q)), problem.spec))
+        out, lse = merged(out, lse, *engine.forward(_block(problem, strip, part, q, _wide(q)), problem.spec))
     sinks = problem.inputs.sinks
     return (out, lse) if sinks is None else join(out, lse, sinks)
-
-
-def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    share = torch.exp(lse_b - lse).masked_fill(lse == -torch.inf, 0.0)
-    return torch.lerp(out_a, out_b, share[..., None]), lse
 
 
 def _block(problem: _Problem, strip: Strip, part: Part, q: Tensor, dtype: torch.dtype) -> Block:
