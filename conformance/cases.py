@@ -97,7 +97,7 @@ class Case:
             slopes = torch.rand(_shape(self.alibi, sizes)[:2], generator=generator)
             alibi = ALiBi(slopes[0 if self.alibi == "h" else slice(None)].to(device, dtype))
             dense = options.get("bias")
-            options["bias"] = alibi if dense is None else (dense, alibi)
+            options["bias"] = (dense, alibi) if isinstance(dense, Tensor) else alibi
         return Problem(q, k, v, options, dout, dlse.to(device), self.top_left)
 
 

@@ -29,7 +29,7 @@ def evaluate(target: Target, problem: Problem) -> Results:
     if sinks is not None:
         options = {**options, "sinks": leaf("sinks", sinks, claims.sinks)}
     if biases is not None:
-        several = biases if type(biases) is tuple else (biases,)
+        several = biases if isinstance(biases, tuple) else (biases,)
         fresh = tuple(
             ALiBi(leaf("slopes", x.slopes, claims.alibi))
             if isinstance(x, ALiBi)

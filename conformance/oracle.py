@@ -100,7 +100,7 @@ def solve(
     k, v = (torch.where(seen, x, 0.0).repeat_interleave(group, 1) for x in (exact.k, exact.v))
 
     slope, level = _scores(q, k, exact.bias, spec, dtype)
-    distance = _distances(exact, spec)
+    distance = distances(exact, spec)
     if exact.slopes is not None:
         level = level + exact.slopes.abs()[..., None, None] * distance
     level = torch.where(p > 0, level, 0.0)
@@ -195,11 +195,6 @@ def _scores(
         slope = 1 - t2 + t2 * (ACCUMULATION_ROUNDOFF[dtype] / ROUNDOFF[dtype])
         level = (1 - t2) * level + spec.softcap * t2.sqrt()
     return slope, level if bias is None else level + bias.abs()
-
-
-def _distances(inputs: Inputs, spec: AttentionSpec) -> Tensor:
-    rows, cols = inputs.q.shape[2], inputs.k.shape[2]
-    return distances(spec.shift(rows, cols), slice(0, rows), slice(0, cols), inputs.q)
 
 
 def _over_group(x: Tensor, heads_kv: int) -> Tensor:

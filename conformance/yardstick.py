@@ -68,9 +68,7 @@ def _plain(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     if inputs.bias is not None:
         scores = scores + inputs.bias.to(dtype)
     if inputs.slopes is not None:
-        rows, cols = slice(0, q.shape[2]), slice(0, k.shape[2])
-        distance = distances(spec.shift(q.shape[2], k.shape[2]), rows, cols, scores)
-        scores = scores - inputs.slopes.to(dtype)[..., None, None] * distance
+        scores = scores - inputs.slopes.to(dtype)[..., None, None] * distances(inputs, spec).to(dtype)
     seen = visible(inputs, spec)
     if seen is not None:
         scores = scores.masked_fill(~seen, -torch.inf)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from .spec import AttentionSpec, Inputs
 
-class ALiBi(NamedTuple):
+
+@dataclass(frozen=True, eq=False)
+class ALiBi:
     """-slope·|p - j| for the query at position p and key j (Press et al. 2022, section 3).
 
     slopes: (heads_q,) or (batch, heads_q), any float dtype; they may have gradients. Positions are those of
@@ -34,12 +38,15 @@ class ALiBi(NamedTuple):
         return cls(torch.tensor(slopes, dtype=torch.float32, device=device))
 
 
-Bias = Tensor | ALiBi
-Biases = Bias | Sequence[Bias] | None
+Biases = Tensor | ALiBi | tuple[Tensor | ALiBi, ...] | None
+"""What `bias` may be; several are added up."""
 
 
-def distances(shift: int, rows: slice, cols: slice, like: Tensor) -> Tensor:
-    """|p - j| of a block of rows and columns, [rows, cols], in the dtype and on the device of `like`."""
-    options = {"dtype": like.dtype, "device": like.device}
-    positions = torch.arange(rows.start + shift, rows.stop + shift, **options)
-    return (positions[:, None] - torch.arange(cols.start, cols.stop, **options)).abs()
+def distances(
+    inputs: Inputs, spec: AttentionSpec, rows: slice = slice(None), cols: slice = slice(None)
+) -> Tensor:
+    """|p - j| of a block of query rows and key columns, [rows, cols], in float32 or wider."""
+    q, seqlen_q, seqlen_k = inputs.q, inputs.q.shape[2], inputs.k.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    position = torch.arange(*rows.indices(seqlen_q), device=q.device) + spec.shift(seqlen_q, seqlen_k)
+    return (position[:, None] - torch.arange(*cols.indices(seqlen_k), device=q.device)).abs().to(wide)

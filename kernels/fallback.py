@@ -112,7 +112,8 @@ def attention_backward(
                     target += share.dscores.sum_to_size(target.shape)
                 if dslopes is not None and share.dscores is not None:
                     of_heads = _entries_of(dslopes, problem.entries)
-                    moved = (share.dscores * _distances(problem, strip.rows, part.cols)).sum((2, 3))
+                    distance = distances(problem.inputs, spec, strip.rows, part.cols)
+                    moved = (share.dscores * distance).sum((2, 3))
                     of_heads -= moved.sum_to_size(of_heads.shape)
         if problem.seen is not None:
             for g in (dk, dv):
@@ -219,7 +220,7 @@ def _block(problem: _Problem, strip: Strip, part: Part, q: Tensor, dtype: torch.
         k, v = (torch.where(problem.seen[:, :, cols], x, 0.0) for x in (k, v))
     bias = None if inputs.bias is None else block_of(inputs.bias, rows, cols)
     if inputs.slopes is not None:
-        alibi = -inputs.slopes.to(_wide(q))[..., None, None] * _distances(problem, rows, cols)
+        alibi = -inputs.slopes.to(_wide(q))[..., None, None] * distances(inputs, spec, rows, cols)
         bias = alibi if bias is None else bias + alibi
     shown = None
     if part.visible == "some":
@@ -237,13 +238,6 @@ def _block(problem: _Problem, strip: Strip, part: Part, q: Tensor, dtype: torch.
         causal=part.visible == "causal",
         none_empty=problem.bands is not None and len(strip.parts) == 1,
     )
-
-
-def _distances(problem: _Problem, rows: slice, cols: slice) -> Tensor:
-    """|p - j|, [rows, cols], in wide dtype."""
-    q, k, spec = problem.inputs.q, problem.inputs.k, problem.spec
-    like = q.new_empty((), dtype=_wide(q))
-    return distances(spec.shift(q.shape[2], k.shape[2]), rows, cols, like)
 
 
 def _band(

@@ -41,9 +41,7 @@ def attention(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         bias = bias.to(wide)
         s = s + (bias if ok is None else torch.where(ok, bias, 0.0))
     if inputs.slopes is not None:
-        rows, cols = slice(0, q.shape[2]), slice(0, k.shape[2])
-        distance = distances(spec.shift(q.shape[2], k.shape[2]), rows, cols, s)
-        s = s - inputs.slopes.to(wide)[..., None, None] * distance
+        s = s - inputs.slopes.to(wide)[..., None, None] * distances(inputs, spec)
     if ok is not None:
         s = torch.where(ok, s, -torch.inf)
 

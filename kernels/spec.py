@@ -280,9 +280,8 @@ def _split_biases(
     """(the sum of the tensors with four axes, ALiBi's slopes) of a bias or several."""
     if given is None:
         return None, None
-    several = isinstance(given, (tuple, list)) and not isinstance(given, ALiBi)
     bias = slopes = None
-    for one in given if several else (given,):
+    for one in given if isinstance(given, (tuple, list)) else (given,):
         if isinstance(one, ALiBi):
             if slopes is not None:
                 raise ValueError("bias may hold one ALiBi, got several")
