@@ -44,7 +44,7 @@ def choose(impl: str | None, inputs: Inputs, spec: AttentionSpec) -> str:
     """
     impl = DEFAULT_IMPL if impl is None else impl
     if impl == "auto":
-        if inputs.q.device.type == "cuda" and not unsupported_reasons("triton", inputs, spec):
+        if inputs.q.is_cuda and not unsupported_reasons("triton", inputs, spec):
             return "auto"
         return "fallback"
     if impl not in IMPLEMENTATIONS:

@@ -108,12 +108,7 @@ class FlashEngine:
     @staticmethod
     def takes(inputs: Inputs, spec: AttentionSpec) -> bool:
         """Whether the operator can compute the problem. It masks before it scales, so scale > 0."""
-        return (
-            inputs.q.device.type == "cpu"
-            and spec.softcap is None
-            and spec.dropout_p == 0.0
-            and spec.scale > 0.0
-        )
+        return inputs.q.is_cpu and spec.softcap is None and spec.dropout_p == 0.0 and spec.scale > 0.0
 
     @staticmethod
     def limits(inputs: Inputs, spec: AttentionSpec) -> Limits:
@@ -143,9 +138,12 @@ class FlashEngine:
             q = _group(q, k)
         width = max(q.shape[3], v.shape[3])
         q, k, v = _operand(q, width), _operand(k, width), _operand(v, width)
+        if stack and added is None and _joins(k) and _joins(v):  # then no result has to be laid out anew
+            q, k, v = _heads_as_batch(q), _heads_as_batch(k), _heads_as_batch(v)
         out, lse = _flash(q, k, v, 0.0, block.causal, attn_mask=added_rows, scale=spec.scale)
         if stack:
-            out, lse = _ungroup(out, block.q), lse.reshape(block.q.shape[:3])
+            shape = block.q.shape[:3]
+            out, lse = out.reshape(*shape, width), lse.reshape(shape)
         if block.v.shape[3] != width:
             out = out[..., : block.v.shape[3]]
         return (out, lse) if added is None or block.none_empty else _mark_empty(out, lse, added)
@@ -234,6 +232,16 @@ def multiplies_bf16() -> bool:
 def _stacks(q: Tensor, k: Tensor) -> bool:
     """Whether the heads of a group are worth stacking into rows."""
     return q.shape[1] != k.shape[1] and q.shape[2] <= _FEW_ROWS
+
+
+def _joins(x: Tensor) -> bool:
+    """Whether batch and heads are one axis in memory."""
+    return x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+
+
+def _heads_as_batch(x: Tensor) -> Tensor:
+    """[batch * heads, 1, rows, head_dim]."""
+    return x.reshape(-1, 1, x.shape[2], x.shape[3])
 
 
 def _last_row_only(q: Tensor, spec: AttentionSpec) -> bool:

@@ -175,33 +175,35 @@ def prepare(
     want_lse: bool = True,
 ) -> tuple[Inputs, AttentionSpec]:
     """Validate a call and turn it into what implementations see; q, k, v as autocast wants them."""
-    filled: AttentionOptions = {**DEFAULTS, **options}
+    filled: AttentionOptions = {**DEFAULTS, **options} if options else DEFAULTS
     if len(filled) != len(DEFAULTS):
         unknown = next(name for name in options if name not in DEFAULTS)
         raise TypeError(f"unknown option {unknown!r}; the options are want, {', '.join(DEFAULTS)}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
-    dtype = _autocast_dtype(q.device.type)
+    dtype = _autocast_dtype(q)
     if dtype is not None:
         q, k, v = (
             x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v)
         )
     inputs = make_inputs(q, k, v, filled)
-    tf32 = q.dtype == torch.float32 and q.device.type == "cuda" and _tf32_allowed()
+    tf32 = q.is_cuda and q.dtype == torch.float32 and _tf32_allowed()
     return inputs, make_spec(q.shape[-1], filled, top_left=top_left, tf32=tf32, want_lse=want_lse)
 
 
 def _run(inputs: Inputs, spec: AttentionSpec, impl: str | None) -> tuple[Tensor, Tensor]:
     impl = dispatch.choose(impl, inputs, spec)
-    device_type = inputs.q.device.type
-    if _autocast_dtype(device_type) is None:
+    if _autocast_dtype(inputs.q) is None:
         return dispatch.run(inputs, spec, impl)
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(inputs.q.device.type, enabled=False):
         return dispatch.run(inputs, spec, impl)
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """What autocast casts q, k, v to on this device, as for PyTorch's own attention; None if off."""
+def _autocast_dtype(q: Tensor) -> torch.dtype | None:
+    """What autocast casts q, k, v to on q's device, as for PyTorch's own attention; None if off."""
+    if not torch._C._is_any_autocast_enabled():  # a device and its name cost more than the rest of this
+        return None
+    device_type = q.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)

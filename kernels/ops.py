@@ -45,7 +45,6 @@ _SCHEMA_TYPES = {
 
 def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable once in what `Gradients` has; lse is -inf for a row without keys."""
-    operator = _forward_op if _somebody_listens(inputs) else _forward
     q, k, v = inputs[:3]
     function: Any = None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -58,8 +57,15 @@ def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, T
     ):
         function = _Attention
     if function is None:
-        return operator(*inputs, *spec, impl)
+        return _call_forward(inputs, spec, impl)
     return function.apply(*inputs, spec, impl)
+
+
+def _call_forward(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]:
+    """The operator, or its body where nothing listens."""
+    if _somebody_listens(inputs):
+        return _forward_op(*inputs, *spec, impl)
+    return _compute(inputs, spec, impl)
 
 
 def _somebody_listens(inputs: Inputs) -> bool:
@@ -91,7 +97,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         *tensors, spec, impl = args
-        out, lse = (_forward_op if _somebody_listens(Inputs(*tensors)) else _forward)(*tensors, *spec, impl)
+        out, lse = _call_forward(Inputs(*tensors), spec, impl)
         _save(ctx, args, out, lse)
         return out, lse
 
@@ -180,10 +186,13 @@ _below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     """Body of undivided::forward."""
-    inputs, spec, impl = Inputs(*args[:N_INPUTS]), AttentionSpec(*args[N_INPUTS:-1]), args[-1]
+    return _compute(Inputs(*args[:N_INPUTS]), AttentionSpec(*args[N_INPUTS:-1]), args[-1])
+
+
+def _compute(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]:
     with _below_autograd():
         if _is_empty(inputs):
-            out, lse = _allocate_forward(*args)
+            out, lse = _allocate_forward(*inputs)
             return out.zero_(), lse.fill_(-torch.inf)
         if impl == "auto":
             _say_if_untried(inputs.q.device)
