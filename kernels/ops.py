@@ -48,6 +48,7 @@ def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, T
     q, k, v = inputs[:3]
     function: Any = None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        _teach_counters()
         function = _TransformableAttention
     elif torch.is_grad_enabled() and (
         q.requires_grad
@@ -76,8 +77,7 @@ def _somebody_listens(inputs: Inputs) -> bool:
     if torch.compiler.is_compiling():
         return True
     if torch._C._len_torch_dispatch_stack():
-        if "torch.utils.flop_counter" in sys.modules:
-            flops.teach(NAMESPACE)
+        _teach_counters()
         return True
     return bool(
         torch._C._len_torch_function_stack()
@@ -86,6 +86,11 @@ def _somebody_listens(inputs: Inputs) -> bool:
         or inputs.q.is_meta
         or torch._C._get_tracing_state()
     )
+
+
+def _teach_counters() -> None:
+    if torch._C._len_torch_dispatch_stack() and "torch.utils.flop_counter" in sys.modules:
+        flops.teach(NAMESPACE)
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}

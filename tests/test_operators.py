@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from undivided import attention
+from undivided import ALiBi, attention
 from undivided.kernels import functional, ops
 from undivided.kernels.spec import N_GRADIENTS
 
@@ -57,13 +57,13 @@ def test_opcheck(impl: str, layout: str, device: torch.device) -> None:
     q, k, v = (torch.randn(size, device=device) for size in sizes)
     if layout == "BSHD":
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
-    options = {"bias": torch.randn(4, 1, 7, device=device), "causal": True, "dropout_p": 0.3, "seed": 5}
-    options["sinks"] = torch.randn(4, device=device)
+    options = {"causal": True, "dropout_p": 0.3, "seed": 5, "sinks": torch.randn(4, device=device)}
+    options["bias"] = torch.randn(4, 1, 7, device=device), ALiBi(torch.rand(4, device=device))
     inputs, spec = functional.prepare(q, k, v, options)
     torch.library.opcheck(ops._forward_op, (*inputs, *spec, impl), test_utils=CHECKS)
     out, lse = ops._forward_op(*inputs, *spec, impl)
     backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, *inputs, *spec, impl)
-    for needs in ([True] * N_GRADIENTS, [False, True, False, False, False]):
+    for needs in ([True] * N_GRADIENTS, [i == 1 for i in range(N_GRADIENTS)]):
         torch.library.opcheck(ops._backward_op, (*backward, needs), test_utils=CHECKS)
 
 
@@ -74,7 +74,7 @@ def test_lse_may_come_back_with_other_strides(impl: str, device: torch.device) -
     inputs, spec = functional.prepare(q, k, k, {})
     out, lse = ops._forward_op(*inputs, *spec, impl)
     strided = lse.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    dout, needs = torch.randn_like(out), [True, True, True, False, False]
+    dout, needs = torch.randn_like(out), [i < 3 for i in range(N_GRADIENTS)]
     expected = ops._backward_op(dout, lse, out, lse, *inputs, *spec, impl, needs)
     for ours, theirs in zip(
         ops._backward_op(dout, strided, out, strided, *inputs, *spec, impl, needs), expected, strict=True
@@ -93,7 +93,7 @@ def test_compile_is_one_graph_and_equal(qkv: tuple[Tensor, ...], dynamic: bool) 
 
 INDUCTOR = """
 import torch
-from undivided import attention, scaled_dot_product_attention
+from undivided import ALiBi, attention, scaled_dot_product_attention
 
 def call(q, k, v, bias):
     stats = attention(q, k, v, causal=True, window=(2, None), bias=bias, softcap=5.0, want=("lse",))
@@ -299,16 +299,16 @@ class TestNeverSilentZeros:
 
 @pytest.mark.parametrize("needs", itertools.product((False, True), repeat=N_GRADIENTS))
 def test_every_subset_of_gradients(needs: tuple[bool, ...]) -> None:
-    tensors = [torch.randn(*s) for s in ((1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8), (5, 5), (2,))]
+    tensors = [torch.randn(*s) for s in ((1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8), (5, 5), (2,), (2,))]
     leaves = [x.clone().requires_grad_(n) for x, n in zip(tensors, needs, strict=True)]
-    q, k, v, bias, sinks = leaves
-    out = attention(q, k, v, bias=bias, sinks=sinks)
+    q, k, v, bias, sinks, slopes = leaves
+    out = attention(q, k, v, bias=(bias, ALiBi(slopes)), sinks=sinks)
     assert out.requires_grad == any(needs)
     if not any(needs):
         return
     out.sin().sum().backward()
     full = [x.clone().requires_grad_() for x in tensors]
-    attention(*full[:3], bias=full[3], sinks=full[4]).sin().sum().backward()
+    attention(*full[:3], bias=(full[3], ALiBi(full[5])), sinks=full[4]).sin().sum().backward()
     for x, y, n in zip(leaves, full, needs, strict=True):
         assert (x.grad is None) == (not n)
         if n:
