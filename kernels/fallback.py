@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .biases import distances
 from .fallback_blocks import Block, FlashEngine, MatmulEngine, RowGradients
-from .fallback_plan import Part, Strip, plan
+from .fallback_plan import Part, Run, Strip, plan, runs
 from .masks import block_of, visible
 from .merge import merged
 from .philox import keep_mask
@@ -46,7 +46,10 @@ def attention_forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tens
     out = like(q, v.shape[3]).zero_()
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=_wide(q))
     for problem in problems:
-        for strip in problem.strips:
+        for strip, count in _runs(problem, engine):
+            if count > 1:
+                _forward_run(problem, strip, count, out, lse)
+                continue
             here = (problem.entries, slice(None), strip.rows)
             out[here], lse[here] = _forward_strip(problem, engine, strip)
     return out, lse
@@ -130,7 +133,7 @@ def attention_backward(
 
 
 class _Problem(NamedTuple):
-    """Batch entries with the same number of keys, and the blocks to compute for them.
+    """Batch entries with the same number of keys, and the blocks to compute for them, as strips and as runs.
 
     seen: (batch, 1, seqlen_k, 1), the keys that some row sees; None if the others need no care. bands:
     what the operator adds to the scores of a block where causal and window alone hide keys, by the block's
@@ -141,6 +144,7 @@ class _Problem(NamedTuple):
     inputs: Inputs
     spec: AttentionSpec
     strips: tuple[Strip, ...]
+    runs: tuple[Run, ...]
     seen: Tensor | None
     bands: dict[tuple[int, int, int], Tensor] | None
 
@@ -162,10 +166,11 @@ def _problems(
     seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
     for entries, own, stop in _by_length(inputs):
         masked = own.mask is not None or own.key_lengths is not None
-        strips = plan(spec, seqlen_q, seqlen_k, stop, masked, engine.limits(own, spec))
+        asked = spec, seqlen_q, seqlen_k, stop, masked, engine.limits(own, spec)
+        strips = plan(*asked)
         seen = _seen(own, spec, strips) if masked and not _harmless(poison) else None
         is_band = engine is FlashEngine and not masked and own.bias is None and own.slopes is None
-        yield _Problem(entries, own, spec, strips, seen, {} if is_band else None)
+        yield _Problem(entries, own, spec, strips, runs(*asked), seen, {} if is_band else None)
 
 
 def _harmless(tensors: tuple[Tensor, ...]) -> bool:
@@ -209,6 +214,38 @@ def _forward_strip(problem: _Problem, engine: Engine, strip: Strip) -> tuple[Ten
         out, lse = merged(out, lse, *engine.forward(_block(problem, strip, part, q, _wide(q)), problem.spec))
     sinks = problem.inputs.sinks
     return (out, lse) if sinks is None else join(out, lse, sinks)
+
+
+def _runs(problem: _Problem, engine: Engine) -> tuple[Run, ...]:
+    """The strips; as runs where one call of the operator per batch entry does all strips of a run."""
+    inputs, spec = problem.inputs, problem.spec
+    as_it_is = inputs.q.element_size() > 2 or FlashEngine.stays_narrow(inputs, spec)
+    fewer_calls = any(run.count > inputs.q.shape[0] for run in problem.runs)
+    if problem.bands is not None and inputs.sinks is None and as_it_is and fewer_calls:
+        return problem.runs
+    return tuple(Run(strip, 1) for strip in problem.strips)
+
+
+def _forward_run(problem: _Problem, strip: Strip, count: int, out: Tensor, lse: Tensor) -> None:
+    """Fill in what a run of strips with one part each gives. They share a mask, and become the batch."""
+    (part,) = strip.parts
+    n_rows, n_cols = strip.rows.stop - strip.rows.start, part.cols.stop - part.cols.start
+    rows = slice(strip.rows.start, strip.rows.start + count * n_rows)
+    cols = slice(part.cols.start, part.cols.stop + (count - 1) * n_rows)
+    for entry in range(problem.inputs.q.shape[0]):
+        q, k, v = (x[entry] for x in problem.inputs[:3])
+        block = Block(
+            q[:, rows].unflatten(1, (count, n_rows)).transpose(0, 1),
+            *(x[:, cols].unfold(1, n_cols, n_rows).permute(1, 0, 3, 2) for x in (k, v)),
+            bias=None
+            if part.visible == "all"
+            else _band(problem.bands, problem.inputs, problem.spec, strip.rows, part.cols),
+            none_empty=True,
+        )
+        of_strips = FlashEngine.forward(block, problem.spec)
+        for target, x in zip((out, lse), of_strips):
+            target = target[problem.entries][entry, :, rows]
+            target.unflatten(1, (count, n_rows)).copy_(x.transpose(0, 1))
 
 
 def _block(problem: _Problem, strip: Strip, part: Part, q: Tensor, dtype: torch.dtype) -> Block:

@@ -115,7 +115,11 @@ class FlashEngine:
         q, k = inputs.q, inputs.k
         narrow = FlashEngine.stays_narrow(inputs, spec)
         rows = _rows_of_mask(inputs, spec)
-        rows = max(32, rows if spec.left is None else min(rows, 128))
+        if (
+            spec.left is not None
+        ):  # more rows see fewer of their keys; fewer make small products (192: in 64s)
+            rows = min(rows, 192 if narrow else 128)
+        rows = max(32, rows)
         cols = k.shape[2]
         if q.shape[2] <= _FEW_ROWS and q.element_size() == 2 and not narrow:
             # few rows wait for the conversion of keys to float32: do it in slices that stay in the cache

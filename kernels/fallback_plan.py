@@ -28,6 +28,13 @@ class Strip(NamedTuple):
     parts: tuple[Part, ...]
 
 
+class Run(NamedTuple):
+    """A strip, and how many there are like it, each moved along the diagonal by the rows of one."""
+
+    strip: Strip
+    count: int
+
+
 class Limits(NamedTuple):
     """Largest block of an engine.
 
@@ -75,6 +82,31 @@ def plan(
         parts = [*_split(*bounds(first, last), limits.cols, *inner)]
         strips.append(Strip(slice(first, last + 1), tuple(parts)))
     return tuple(strips)
+
+
+@functools.lru_cache(maxsize=1024)
+def runs(
+    spec: AttentionSpec, seqlen_q: int, seqlen_k: int, stop: int, elementwise: bool, limits: Limits
+) -> tuple[Run, ...]:
+    """The strips of `plan`; neighbours of one part each that lie alike are one run."""
+    found: list[Run] = []
+    for strip in plan(spec, seqlen_q, seqlen_k, stop, elementwise, limits):
+        if found and len(strip.parts) == 1 and strip == _moved(*found[-1]):
+            found[-1] = Run(found[-1].strip, found[-1].count + 1)
+        else:
+            found.append(Run(strip, 1))
+    return tuple(found)
+
+
+def _moved(strip: Strip, count: int) -> Strip:
+    """The strip, by count times its rows further along the diagonal."""
+    step = count * (strip.rows.stop - strip.rows.start)
+
+    def moved(x: slice) -> slice:
+        return slice(x.start + step, x.stop + step)
+
+    parts = tuple(Part(moved(part.cols), part.visible) for part in strip.parts)
+    return Strip(moved(strip.rows), parts)
 
 
 def _rows_that_see(spec: AttentionSpec, seqlen_q: int, seqlen_k: int, stop: int) -> tuple[int, int]:

@@ -76,6 +76,8 @@ CASES = [
     Case("nothing seen first", seqlen_q=50, seqlen_k=20, causal=True),
     Case("keys nobody sees", seqlen_q=20, seqlen_k=50, causal=True, top_left=True),
     Case("window", seqlen_q=70, seqlen_k=70, window=(9, 3)),
+    Case("window of many strips", batch=2, heads_q=4, seqlen_q=700, seqlen_k=720, window=(100, 3)),
+    Case("window and lengths", batch=2, seqlen_q=600, seqlen_k=600, window=(50, 0), key_lengths=(599, 333)),
     Case("lengths", batch=4, key_lengths=(33, 7, 7, 0), causal=True),
     Case("mask", batch=2, heads_q=4, mask=Extra("random", "bqk")),
     Case("bias", heads_q=4, bias=Extra("random", "hqk"), causal=True),

@@ -206,7 +206,8 @@ def assert_close(alone: Results, together: Results, entry: int) -> None:
 
 def test_the_same_call_gives_the_same_bits(impl: str, device: torch.device) -> None:
     """State left behind by a call with other options; gradients added up in any order."""
-    problem = Case("again", heads_q=4, bias=Extra(axes="h"), dropout_p=0.2).build(HALF, device)
+    case = Case("again", heads_q=4, bias=Extra(axes="h"), alibi="h", sinks=True, dropout_p=0.2)
+    problem = case.build(HALF, device)
     first = evaluate(ours(impl), problem)
     evaluate(ours(impl), with_options(problem, causal=True, softcap=3.0, scale=2.0, dropout_p=0.5))
     for name, x, y in zip(Results._fields, first, evaluate(ours(impl), problem)):
