@@ -13,13 +13,16 @@ from .kernels.explain import Explanation, explain
 from .kernels.functional import attention, scaled_dot_product_attention
 from .kernels.merge import merge
 from .kernels.spec import AttentionStats
+from .kernels.weights import TopWeights, attention_weights
 
 __version__ = "0.1.0"
 __all__ = [
     "ALiBi",
     "AttentionStats",
     "Explanation",
+    "TopWeights",
     "attention",
+    "attention_weights",
     "explain",
     "merge",
     "scaled_dot_product_attention",

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .masks import positions
+
 if TYPE_CHECKING:
     from .spec import AttentionSpec, Inputs
 
@@ -43,10 +45,8 @@ Biases = Tensor | ALiBi | tuple[Tensor | ALiBi, ...] | None
 
 
 def distances(
-    inputs: Inputs, spec: AttentionSpec, rows: slice = slice(None), cols: slice = slice(None)
+    inputs: Inputs, spec: AttentionSpec, rows: slice | Tensor = slice(None), cols: slice = slice(None)
 ) -> Tensor:
     """|p - j| of a block of query rows and key columns, [rows, cols], in float32 or wider."""
-    q, seqlen_q, seqlen_k = inputs.q, inputs.q.shape[2], inputs.k.shape[2]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    position = torch.arange(*rows.indices(seqlen_q), device=q.device) + spec.shift(seqlen_q, seqlen_k)
-    return (position[:, None] - torch.arange(*cols.indices(seqlen_k), device=q.device)).abs().to(wide)
+    position, col = positions(inputs, spec, rows, cols)
+    return (position - col).abs().to(torch.promote_types(inputs.q.dtype, torch.float32))

@@ -49,19 +49,14 @@ def _clipped_sum(start: int, count: int, limit: int) -> int:
 
 
 def visible(
-    inputs: Inputs, spec: AttentionSpec, rows: slice = slice(None), cols: slice = slice(None)
+    inputs: Inputs, spec: AttentionSpec, rows: slice | Tensor = slice(None), cols: slice = slice(None)
 ) -> Tensor | None:
     """Element mask of a block: True where the query row may see the key column.
 
-    rows, cols: slices of the query and the key axis. Returns a bool tensor that broadcasts to
-    (batch, heads_q, rows, cols), or None where everything is visible.
+    rows: a slice of the query axis, or row numbers; cols: a slice of the key axis. Returns a bool tensor that
+    broadcasts to (batch, heads_q, rows, cols), or None where everything is visible.
     """
-    seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
-    device = inputs.q.device
-    start_q, stop_q, _ = rows.indices(seqlen_q)
-    start_k, stop_k, _ = cols.indices(seqlen_k)
-    position = torch.arange(start_q, stop_q, device=device)[:, None] + spec.shift(seqlen_q, seqlen_k)
-    col = torch.arange(start_k, stop_k, device=device)
+    position, col = positions(inputs, spec, rows, cols)
     parts: list[Tensor] = []
     if spec.left is not None:
         parts.append(col >= position - spec.left)
@@ -77,6 +72,17 @@ def visible(
     return ok
 
 
-def block_of(x: Tensor, rows: slice, cols: slice) -> Tensor:
+def positions(
+    inputs: Inputs, spec: AttentionSpec, rows: slice | Tensor, cols: slice
+) -> tuple[Tensor, Tensor]:
+    """Positions of queries, [rows, 1], and of keys, [cols]; rows and cols as for `visible`."""
+    seqlen_q, seqlen_k, device = inputs.q.shape[2], inputs.k.shape[2], inputs.q.device
+    if isinstance(rows, slice):
+        rows = torch.arange(*rows.indices(seqlen_q), device=device)
+    col = torch.arange(*cols.indices(seqlen_k), device=device)
+    return rows[:, None] + spec.shift(seqlen_q, seqlen_k), col
+
+
+def block_of(x: Tensor, rows: slice | Tensor, cols: slice) -> Tensor:
     """The (rows, cols) block of a mask or bias whose axes may have size 1 and then stay so."""
     return x[:, :, rows if x.shape[2] != 1 else slice(None), cols if x.shape[3] != 1 else slice(None)]

@@ -21,19 +21,25 @@ def drop_threshold(dropout_p: float) -> int:
 
 
 def keep_mask(
-    seed: Tensor, dropout_p: float, batch: int, heads: int, rows: range, cols: range, first_plane: int = 0
+    seed: Tensor,
+    dropout_p: float,
+    batch: int,
+    heads: int,
+    rows: range | Tensor,
+    cols: range,
+    first_plane: int = 0,
 ) -> Tensor:
     """Which elements dropout keeps: bool, (batch, heads, len(rows), len(cols)), on the seed's device.
 
-    rows, cols: positions within the sequence. Key: the 64-bit seed; counter: (col // 4, row, plane, 0)
+    rows, cols: numbers within the sequence. Key: the 64-bit seed; counter: (col // 4, row, plane, 0)
     with plane = batch·heads + head counted from first_plane; lane: col % 4; keep iff
     word >= round(p·2³²).
     """
     device = seed.device
     block = torch.arange(cols.start // 4, -(-cols.stop // 4), device=device)
-    row = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    row = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, range) else rows
     plane = torch.arange(first_plane, first_plane + batch * heads, device=device).view(batch, heads, 1, 1)
-    counter = torch.broadcast_tensors(block, row, plane, block.new_zeros(()))
+    counter = torch.broadcast_tensors(block, row[:, None], plane, block.new_zeros(()))
     words = torch.stack(philox(seed, *counter), dim=-1).flatten(-2)  # [batch, heads, rows, 4 * blocks]
     first = cols.start % 4
     return words[..., first : first + len(cols)] >= drop_threshold(dropout_p)

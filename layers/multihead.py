@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..kernels.functional import attention
 from ..kernels.spec import AttentionOptions
-from .weights import attention_weights
+from ..kernels.weights import attention_weights
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -105,7 +105,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 options["seed"] = torch.randint(2**63 - 1, (), device=q.device)
             out, lse = attention(q, k, v, want=("lse",), **options)
             assert lse is not None
-            weights = attention_weights(q, k, lse, options, average=average_attn_weights)
+            weights = attention_weights(q, k, lse, reduce="mean" if average_attn_weights else None, **options)
+            weights = weights.to(torch.softmax(q.new_zeros(1), 0).dtype)  # autocast may want another than q's
         else:
             out = attention(q, k, v, **options)
 

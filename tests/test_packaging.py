@@ -44,6 +44,7 @@ KERNELS = {
     "ops": {"evidence", "flops"},  # the implementations are imported when first called, by name
     "dispatch": {"ops", "reference", "evidence"},
     "functional": {"dispatch"},
+    "weights": {"functional"},
     "explain": {"functional", "dispatch", "evidence", "flops"},
     "call_flags": set(),
     "explain_command": {"explain", "call_flags"},
