@@ -46,12 +46,12 @@ def attention_forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tens
     out = like(q, v.shape[3]).zero_()
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=_wide(q))
     for problem in problems:
-        for strip, count in _runs(problem, engine):
-            if count > 1:
-                _forward_run(problem, strip, count, out, lse)
+        for run in _runs(problem, engine):
+            if run.times > 1:
+                _forward_run(problem, run, out, lse)
                 continue
-            here = (problem.entries, slice(None), strip.rows)
-            out[here], lse[here] = _forward_strip(problem, engine, strip)
+            here = (problem.entries, slice(None), run.strip.rows)
+            out[here], lse[here] = _forward_strip(problem, engine, run.strip)
     return out, lse
 
 
@@ -220,32 +220,30 @@ def _runs(problem: _Problem, engine: Engine) -> tuple[Run, ...]:
     """The strips; as runs where one call of the operator per batch entry does all strips of a run."""
     inputs, spec = problem.inputs, problem.spec
     as_it_is = inputs.q.element_size() > 2 or FlashEngine.stays_narrow(inputs, spec)
-    fewer_calls = any(run.count > inputs.q.shape[0] for run in problem.runs)
+    fewer_calls = any(run.times > inputs.q.shape[0] for run in problem.runs)
     if problem.bands is not None and inputs.sinks is None and as_it_is and fewer_calls:
         return problem.runs
     return tuple(Run(strip, 1) for strip in problem.strips)
 
 
-def _forward_run(problem: _Problem, strip: Strip, count: int, out: Tensor, lse: Tensor) -> None:
+def _forward_run(problem: _Problem, run: Run, out: Tensor, lse: Tensor) -> None:
     """Fill in what a run of strips with one part each gives. They share a mask, and become the batch."""
-    (part,) = strip.parts
-    n_rows, n_cols = strip.rows.stop - strip.rows.start, part.cols.stop - part.cols.start
-    rows = slice(strip.rows.start, strip.rows.start + count * n_rows)
-    cols = slice(part.cols.start, part.cols.stop + (count - 1) * n_rows)
+    (part,), rows, times = run.strip.parts, run.strip.rows, run.times
+    n_rows, n_cols = rows.stop - rows.start, part.cols.stop - part.cols.start
+    all_rows = slice(rows.start, rows.start + times * n_rows)
+    all_cols = slice(part.cols.start, part.cols.stop + (times - 1) * n_rows)
+    bias = None
+    if part.visible == "some":
+        assert problem.bands is not None
+        bias = _band(problem.bands, problem.inputs, problem.spec, rows, part.cols)
     for entry in range(problem.inputs.q.shape[0]):
         q, k, v = (x[entry] for x in problem.inputs[:3])
-        block = Block(
-            q[:, rows].unflatten(1, (count, n_rows)).transpose(0, 1),
-            *(x[:, cols].unfold(1, n_cols, n_rows).permute(1, 0, 3, 2) for x in (k, v)),
-            bias=None
-            if part.visible == "all"
-            else _band(problem.bands, problem.inputs, problem.spec, strip.rows, part.cols),
-            none_empty=True,
-        )
-        of_strips = FlashEngine.forward(block, problem.spec)
-        for target, x in zip((out, lse), of_strips):
-            target = target[problem.entries][entry, :, rows]
-            target.unflatten(1, (count, n_rows)).copy_(x.transpose(0, 1))
+        q = q[:, all_rows].unflatten(1, (times, n_rows)).transpose(0, 1)
+        k, v = (x[:, all_cols].unfold(1, n_cols, n_rows).permute(1, 0, 3, 2) for x in (k, v))
+        block = Block(q, k, v, bias=bias, none_empty=True)
+        for target, x in zip((out, lse), FlashEngine.forward(block, problem.spec)):
+            target = target[problem.entries][entry, :, all_rows]
+            target.unflatten(1, (times, n_rows)).copy_(x.transpose(0, 1))
 
 
 def _block(problem: _Problem, strip: Strip, part: Part, q: Tensor, dtype: torch.dtype) -> Block:

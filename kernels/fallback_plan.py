@@ -32,7 +32,7 @@ class Run(NamedTuple):
     """A strip, and how many there are like it, each moved along the diagonal by the rows of one."""
 
     strip: Strip
-    count: int
+    times: int
 
 
 class Limits(NamedTuple):
@@ -92,15 +92,15 @@ def runs(
     found: list[Run] = []
     for strip in plan(spec, seqlen_q, seqlen_k, stop, elementwise, limits):
         if found and len(strip.parts) == 1 and strip == _moved(*found[-1]):
-            found[-1] = Run(found[-1].strip, found[-1].count + 1)
+            found[-1] = Run(found[-1].strip, found[-1].times + 1)
         else:
             found.append(Run(strip, 1))
     return tuple(found)
 
 
-def _moved(strip: Strip, count: int) -> Strip:
-    """The strip, by count times its rows further along the diagonal."""
-    step = count * (strip.rows.stop - strip.rows.start)
+def _moved(strip: Strip, times: int) -> Strip:
+    """The strip, by so many times its rows further along the diagonal."""
+    step = times * (strip.rows.stop - strip.rows.start)
 
     def moved(x: slice) -> slice:
         return slice(x.start + step, x.stop + step)

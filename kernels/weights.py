@@ -7,7 +7,7 @@ only as far as the answer is large.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +35,30 @@ class TopWeights(NamedTuple):
     keys: Tensor
 
 
+@overload
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    rows: Chosen = None,
+    heads: Chosen = None,
+    reduce: Literal["mean"] | None = None,
+    topk: None = None,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+@overload
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    rows: Chosen = None,
+    heads: Chosen = None,
+    reduce: Literal["mean"] | None = None,
+    topk: int,
+    **options: Unpack[AttentionOptions],
+) -> TopWeights: ...
 @with_options
 def attention_weights(
     q: Tensor,
