@@ -128,15 +128,15 @@ def launches(problem: Problem, needs: Needs) -> list[str]:
 def test_only_what_is_needed_is_computed(device: torch.device) -> None:
     """Gradients that change with what else is asked; kernels launched for nobody."""
     problem = Case(
-        "needs", heads_q=2, heads_kv=1, seqlen_q=20, bias=Extra(axes="hk"), sinks=True, causal=True
+        "needs", heads_q=2, heads_kv=1, seqlen_q=20, bias=Extra(axes="hk"), alibi="h", sinks=True, causal=True
     ).build(SINGLE, device)
     everything = backward(problem)
     for asked in itertools.product((False, True), repeat=N_GRADIENTS):
         needs = Needs(*asked)
         wanted = Gradients(*(x if need else None for x, need in zip(everything, needs)))
         assert_same(backward(problem, needs), wanted)
-        q, k, v, bias, _ = needs
-        assert len(launches(problem, needs)) == any(needs) + q + (k or v) + bias
+        q, k, v, bias, _, slopes = needs
+        assert len(launches(problem, needs)) == any(needs) + (q or slopes) + (k or v) + bias
 
 
 @pytest.mark.parametrize("axes", ["".join(a) for n in range(5) for a in itertools.combinations("bhqk", n)])
