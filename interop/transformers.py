@@ -93,7 +93,7 @@ def translate(
             stacklevel=3,
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    mask, bias = None, position_bias
+    mask, biases = None, [position_bias]
     if attention_mask is None:
         pass
     elif attention_mask.ndim == 2:
@@ -106,15 +106,14 @@ def translate(
         if attention_mask.dtype == torch.bool:
             mask = attention_mask
         else:
-            bias = attention_mask if bias is None else bias + attention_mask
-    if bias is not None and bias.shape[-1] > key.shape[2]:
-        bias = bias[..., : key.shape[2]]
+            biases.append(attention_mask)
+    given = tuple(bias[..., : key.shape[2]] for bias in biases if bias is not None)
     reach = None if sliding_window is None else sliding_window - 1
     options: AttentionOptions = {
         "causal": causal,
         "window": None if reach is None else (reach, 0 if causal else reach),
         "mask": mask,
-        "bias": bias,
+        "bias": given or None,
         "softcap": softcap,
         "sinks": s_aux,
         "scale": scaling,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .biases import distances
-from .fallback_blocks import Block, FlashEngine, MatmulEngine, RowGradients
+from .fallback_band import Band
+from .fallback_blocks import Block, FlashEngine, MatmulEngine, RowGradients, operand
 from .fallback_plan import Part, Run, Strip, plan, runs
 from .masks import block_of, visible
 from .merge import merged
@@ -39,20 +40,22 @@ def attention_forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tens
         if inputs.sinks is not None:
             out, lse = join(out, lse, inputs.sinks)
         return _in_layout_of(q, out), lse.contiguous()
-    problems = [*_problems(inputs, spec, engine, poison=(inputs.k, v))]
-    if len(problems) == 1 and [x.rows for x in problems[0].strips] == [slice(0, q.shape[2])]:
-        out, lse = _forward_strip(problems[0], engine, problems[0].strips[0])
-        return _in_layout_of(q, out), lse.contiguous()
-    out = like(q, v.shape[3]).zero_()
-    lse = q.new_full(q.shape[:3], -torch.inf, dtype=_wide(q))
-    for problem in problems:
+    results: tuple[Tensor, Tensor] | None = None
+    for problem in _problems(inputs, spec, engine, poison=(inputs.k, v)):
+        if problem.entries == slice(None) and [x.rows for x in problem.strips] == [slice(0, q.shape[2])]:
+            out, lse = _forward_strip(problem, engine, problem.strips[0])
+            return _in_layout_of(q, out), lse.contiguous()
+        if results is None:
+            results = like(q, v.shape[3]).zero_(), q.new_full(q.shape[:3], -torch.inf, dtype=_wide(q))
+        out, lse = results
         for run in _runs(problem, engine):
             if run.times > 1:
                 _forward_run(problem, run, out, lse)
                 continue
             here = (problem.entries, slice(None), run.strip.rows)
             out[here], lse[here] = _forward_strip(problem, engine, run.strip)
-    return out, lse
+    assert results is not None, "there is at least one batch entry"
+    return results
 
 
 def attention_backward(
@@ -135,9 +138,8 @@ def attention_backward(
 class _Problem(NamedTuple):
     """Batch entries with the same number of keys, and the blocks to compute for them, as strips and as runs.
 
-    seen: (batch, 1, seqlen_k, 1), the keys that some row sees; None if the others need no care. bands:
-    what the operator adds to the scores of a block where causal and window alone hide keys, by the block's
-    size and place on the diagonal; None for the other engine.
+    seen: (batch, 1, seqlen_k, 1), the keys that some row sees; None if the others need no care. band: the
+    mask of blocks, where causal and window alone hide keys and the operator computes.
     """
 
     entries: slice
@@ -146,7 +148,7 @@ class _Problem(NamedTuple):
     strips: tuple[Strip, ...]
     runs: tuple[Run, ...]
     seen: Tensor | None
-    bands: dict[tuple[int, int, int], Tensor] | None
+    band: Band | None
 
 
 def _whole_block(inputs: Inputs, spec: AttentionSpec, engine: Engine) -> Block | None:
@@ -170,7 +172,9 @@ def _problems(
         strips = plan(*asked)
         seen = _seen(own, spec, strips) if masked and not _harmless(poison) else None
         is_band = engine is FlashEngine and not masked and own.bias is None and own.slopes is None
-        yield _Problem(entries, own, spec, strips, runs(*asked), seen, {} if is_band else None)
+        yield _Problem(
+            entries, own, spec, strips, runs(*asked), seen, Band(own, spec, strips) if is_band else None
+        )
 
 
 def _harmless(tensors: tuple[Tensor, ...]) -> bool:
@@ -217,33 +221,39 @@ def _forward_strip(problem: _Problem, engine: Engine, strip: Strip) -> tuple[Ten
 
 
 def _runs(problem: _Problem, engine: Engine) -> tuple[Run, ...]:
-    """The strips; as runs where one call of the operator per batch entry does all strips of a run."""
+    """The strips; as runs where few calls of the operator per batch entry do all strips of a run."""
     inputs, spec = problem.inputs, problem.spec
     as_it_is = inputs.q.element_size() > 2 or FlashEngine.stays_narrow(inputs, spec)
     fewer_calls = any(run.times > inputs.q.shape[0] for run in problem.runs)
-    if problem.bands is not None and inputs.sinks is None and as_it_is and fewer_calls:
+    if problem.band is not None and inputs.sinks is None and as_it_is and fewer_calls:
         return problem.runs
     return tuple(Run(strip, 1) for strip in problem.strips)
 
 
 def _forward_run(problem: _Problem, run: Run, out: Tensor, lse: Tensor) -> None:
-    """Fill in what a run of strips with one part each gives. They share a mask, and become the batch."""
-    (part,), rows, times = run.strip.parts, run.strip.rows, run.times
+    """Fill in what a run of strips with one part each gives: they share a mask, and become the batch.
+
+    Their keys overlap, and the operator may copy what it reads: so many strips at a time that they read each
+    key about twice.
+    """
+    (part,), rows = run.strip.parts, run.strip.rows
     n_rows, n_cols = rows.stop - rows.start, part.cols.stop - part.cols.start
-    all_rows = slice(rows.start, rows.start + times * n_rows)
-    all_cols = slice(part.cols.start, part.cols.stop + (times - 1) * n_rows)
-    bias = None
-    if part.visible == "some":
-        assert problem.bands is not None
-        bias = _band(problem.bands, problem.inputs, problem.spec, rows, part.cols)
-    for entry in range(problem.inputs.q.shape[0]):
-        q, k, v = (x[entry] for x in problem.inputs[:3])
-        q = q[:, all_rows].unflatten(1, (times, n_rows)).transpose(0, 1)
-        k, v = (x[:, all_cols].unfold(1, n_cols, n_rows).permute(1, 0, 3, 2) for x in (k, v))
-        block = Block(q, k, v, bias=bias, none_empty=True)
-        for target, x in zip((out, lse), FlashEngine.forward(block, problem.spec)):
-            target = target[problem.entries][entry, :, all_rows]
-            target.unflatten(1, (times, n_rows)).copy_(x.transpose(0, 1))
+    bias = problem.band.of(rows, part.cols) if problem.band is not None and part.visible == "some" else None
+    batch, _, seqlen_k, head_dim_v = problem.inputs.v.shape
+    width, at_once = max(problem.inputs.q.shape[3], head_dim_v), max(1, 2 * seqlen_k // n_cols)
+    for entry in range(batch):
+        q, k, v = (operand(x[entry], width) for x in problem.inputs[:3])
+        for first in range(0, run.times, at_once):
+            times, moved = min(at_once, run.times - first), first * n_rows
+            of_rows = slice(rows.start + moved, rows.start + moved + times * n_rows)
+            of_cols = slice(part.cols.start + moved, part.cols.stop + moved + (times - 1) * n_rows)
+            strips = q[:, of_rows].unflatten(1, (times, n_rows)).transpose(0, 1)
+            keys, values = (x[:, of_cols].unfold(1, n_cols, n_rows).permute(1, 0, 3, 2) for x in (k, v))
+            block = Block(strips, keys, values, bias=bias, none_empty=True)
+            part_of_out, part_of_lse = FlashEngine.forward(block, problem.spec)
+            for target, x in ((out, part_of_out[..., :head_dim_v]), (lse, part_of_lse)):
+                target = target[problem.entries][entry, :, of_rows]
+                target.unflatten(1, (times, n_rows)).copy_(x.transpose(0, 1))
 
 
 def _block(problem: _Problem, strip: Strip, part: Part, q: Tensor, dtype: torch.dtype) -> Block:
@@ -259,10 +269,10 @@ def _block(problem: _Problem, strip: Strip, part: Part, q: Tensor, dtype: torch.
         bias = alibi if bias is None else bias + alibi
     shown = None
     if part.visible == "some":
-        if problem.bands is None:
+        if problem.band is None:
             shown = visible(inputs, spec, rows, cols)
         else:
-            bias = _band(problem.bands, inputs, spec, rows, cols)
+            bias = problem.band.of(rows, cols)
     return Block(
         q.to(dtype),
         k,
@@ -271,21 +281,8 @@ def _block(problem: _Problem, strip: Strip, part: Part, q: Tensor, dtype: torch.
         bias,
         None if spec.dropout_p == 0.0 else _keep(problem, rows, cols),
         causal=part.visible == "causal",
-        none_empty=problem.bands is not None and len(strip.parts) == 1,
+        none_empty=problem.band is not None and len(strip.parts) == 1,
     )
-
-
-def _band(
-    bands: dict[tuple[int, int, int], Tensor], inputs: Inputs, spec: AttentionSpec, rows: slice, cols: slice
-) -> Tensor:
-    """0 where causal and window let a row see a column, -inf elsewhere; blocks that lie alike share one."""
-    place = rows.stop - rows.start, cols.stop - cols.start, rows.start - cols.start
-    if place not in bands:
-        ok = visible(inputs, spec, rows, cols)
-        assert ok is not None
-        zero = inputs.q.new_zeros((), dtype=_wide(inputs.q))
-        bands[place] = torch.where(ok, zero, -torch.inf)[None, None]
-    return bands[place]
 
 
 def _keep(problem: _Problem, rows: slice, cols: slice) -> Tensor:

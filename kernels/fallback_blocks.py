@@ -8,6 +8,7 @@ everything, on any device. Both compute in float32 or float64, whatever the inpu
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -141,7 +142,7 @@ class FlashEngine:
             added_rows = None if added is None else _stack_added(added, q, k)
             q = _group(q, k)
         width = max(q.shape[3], v.shape[3])
-        q, k, v = _operand(q, width), _operand(k, width), _operand(v, width)
+        q, k, v = operand(q, width), operand(k, width), operand(v, width)
         if stack and added is None and _joins(k) and _joins(v):  # then no result has to be laid out anew
             q, k, v = _heads_as_batch(q), _heads_as_batch(k), _heads_as_batch(v)
         out, lse = _flash(q, k, v, 0.0, block.causal, attn_mask=added_rows, scale=spec.scale)
@@ -167,7 +168,7 @@ class FlashEngine:
             dout = torch.cat([dout, torch.ones_like(dout[..., :1])], -1)
             out = torch.cat([out, -rows.dlse[..., None]], -1)
             width = max(head_dim, head_dim_v + 1)
-        q, k, v, dout, out = (_operand(x, width) for x in (q, k, v, dout, out))
+        q, k, v, dout, out = (operand(x, width) for x in (q, k, v, dout, out))
         dq, dk, dv = _flash_backward(
             dout, q, k, v, out, rows.lse, 0.0, block.causal, attn_mask=_added(block), scale=spec.scale
         )
@@ -262,16 +263,16 @@ def _rows_of_mask(inputs: Inputs, spec: AttentionSpec) -> int:
         is_there = mask is None and bias is not None and bias.dtype == q.dtype and bias.stride(3) == 1
         if is_row or is_there:
             return q.shape[2]
-    planes = max((x.shape[0] * x.shape[1] for x in given), default=1)
+    planes = math.prod(max((x.shape[axis] for x in given), default=1) for axis in (0, 1))
     return _MASK_ELEMENTS // (planes * inputs.k.shape[2])
 
 
-def _operand(x: Tensor, width: int) -> Tensor:
-    """x as the operator reads it: head_dim `width`, zero-padded, and rows that BLAS can step over."""
-    head_dim = x.shape[3]
+def operand(x: Tensor, width: int) -> Tensor:
+    """(..., rows, head_dim) as the operator reads it: padded to `width`, rows that BLAS can step over."""
+    head_dim = x.shape[-1]
     if head_dim != width:
         return F.pad(x, (0, width - head_dim))
-    _, _, row_stride, stride = x.stride()
+    row_stride, stride = x.stride()[-2:]
     return x if stride == 1 and row_stride >= width else x.contiguous()
 
 

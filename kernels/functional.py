@@ -88,11 +88,12 @@ def attention(
         mask: bool, True = may attend; broadcasts, right-aligned, to (batch, heads_q, seqlen_q, seqlen_k).
         key_lengths: int (batch,): keys at or past it are hidden; moves no position.
         bias: float, added to the scores in float32; broadcasts like mask; differentiable. Or `ALiBi(slopes)`,
-            which adds -slope·|position - key| and stores no scores; or a tuple of both, added up.
+            which adds -slope·|position - key| and stores no scores; or a tuple of such, added up: of tensors
+            in float32, as one of the shape that they broadcast to.
         softcap: scores become softcap·tanh(scores / softcap) before the bias (Gemma 2 report, section 2);
             from 2**-60 to 2**60.
-        sinks: float (heads_q,): a logit per query head that joins the softmax's denominator and has no value;
-            differentiable.
+        sinks: float (heads_q,), finite or -inf: a logit per query head that joins the softmax's denominator
+            and has no value; differentiable.
         scale: any number up to 2**60 in magnitude; 1/sqrt(head_dim) by default.
         dropout_p: probability of dropping a weight, in [0, 1]; the others grow by 1/(1 - dropout_p).
         seed: int or int64 tensor that decides which are dropped; drawn from PyTorch's generator if None.

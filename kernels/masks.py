@@ -7,6 +7,7 @@ in PyTorch, asks here; `triton/visibility.py` holds the twins for kernels.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,19 +58,27 @@ def visible(
     broadcasts to (batch, heads_q, rows, cols), or None where everything is visible.
     """
     position, col = positions(inputs, spec, rows, cols)
-    parts: list[Tensor] = []
-    if spec.left is not None:
-        parts.append(col >= position - spec.left)
-    if spec.right is not None:
-        parts.append(col <= position + spec.right)
+    parts = [within(spec, position, col)]
     if inputs.key_lengths is not None:
         parts.append(col < inputs.key_lengths[:, None, None, None])
     if inputs.mask is not None:
         parts.append(block_of(inputs.mask, rows, cols))
-    ok = None
-    for part in parts:
-        ok = part if ok is None else ok & part
-    return ok
+    return _all(parts)
+
+
+def within(spec: AttentionSpec, position: Tensor, col: Tensor) -> Tensor | None:
+    """What causal and window leave visible: position and col broadcast; None where they hide nothing."""
+    return _all(
+        [
+            None if spec.left is None else col >= position - spec.left,
+            None if spec.right is None else col <= position + spec.right,
+        ]
+    )
+
+
+def _all(parts: list[Tensor | None]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return functools.reduce(torch.logical_and, given) if given else None
 
 
 def positions(

@@ -16,15 +16,17 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     """(out, lse) over the union of two disjoint sets of keys (Dao et al. 2022, section 3.1).
 
     out: (..., rows, head_dim_v); lse: (..., rows), natural logarithm, float32 or float64, -inf for a row
-    whose part is empty. Returns them in the dtypes of out_a and lse_a. Associative up to rounding;
-    differentiable, to any order. An empty part changes nothing, bit for bit, whatever its out holds. At most
-    one part may have sinks in its lse.
+    whose part is empty. Computed in the widest of their dtypes, returned in those of out_a and lse_a.
+    Associative up to rounding; differentiable, to any order. An empty part changes nothing, bit for bit,
+    whatever its out holds. At most one part may have sinks in its lse.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
     """
     _check(out_a, lse_a, out_b, lse_b)
-    wide = torch.promote_types(lse_a.dtype, torch.float32)
+    wide = torch.float32
+    for x in (out_a, lse_a, out_b, lse_b):
+        wide = torch.promote_types(wide, x.dtype)
     out, lse = merged(out_a.to(wide), lse_a.to(wide), out_b.to(wide), lse_b.to(wide))
     return out.to(out_a.dtype), lse.to(lse_a.dtype)
 
@@ -35,8 +37,8 @@ def merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
     # Rows with an empty part are replaced at the end: until then they may hold anything but NaN, whose
     # gradient would survive the replacement.
     level_a, level_b = lse_a.masked_fill(a_is_empty, 0.0), lse_b.masked_fill(b_is_empty, 0.0)
-    lse = torch.logaddexp(level_a, level_b)
-    share = torch.exp(level_b - lse)
+    lse = torch.logsumexp(torch.stack([level_a, level_b]), 0)  # logaddexp's second derivative overflows
+    share = torch.sigmoid(level_b - level_a)  # exp(level_b - lse) would take in the rounding of lse
     of_a, of_b = a_is_empty[..., None], b_is_empty[..., None]
     out = torch.lerp(out_a.masked_fill(of_a, 0.0), out_b.masked_fill(of_b, 0.0), share[..., None])
     out = torch.where(of_b, out_a.masked_fill(of_a, 0.0), torch.where(of_a, out_b, out))

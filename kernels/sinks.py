@@ -16,10 +16,9 @@ def join(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
 
     out: (batch, heads_q, rows, head_dim_v); lse: (batch, heads_q, rows); sinks: (heads_q,).
     """
-    total = torch.logaddexp(lse, _per_row(sinks, lse))
-    empty = lse == -torch.inf
-    share = torch.exp(lse - total).masked_fill(empty, 0.0)
-    return out * share[..., None], total.masked_fill(empty, -torch.inf)
+    per_row, empty = _per_row(sinks, lse), lse == -torch.inf
+    share = torch.sigmoid(lse - per_row).masked_fill(empty, 0.0)
+    return out * share[..., None], torch.logaddexp(lse, per_row).masked_fill(empty, -torch.inf)
 
 
 def gradient(delta: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

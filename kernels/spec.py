@@ -281,12 +281,14 @@ def _split_biases(
     if given is None:
         return None, None
     bias = slopes = None
-    for one in given if isinstance(given, (tuple, list)) else (given,):
+    for one in given if isinstance(given, tuple) else (given,):
         if isinstance(one, ALiBi):
             if slopes is not None:
                 raise ValueError("bias may hold one ALiBi, got several")
             slopes = _checked_slopes(one.slopes, q, target)
             continue
+        if not isinstance(one, Tensor):
+            raise TypeError(f"bias must be a tensor, ALiBi, or a tuple of them, got {type(one).__name__}")
         check_tensor("bias", one, q.device)
         if one.dtype not in DTYPES:
             raise TypeError(
@@ -294,8 +296,13 @@ def _split_biases(
                 "a bool tensor that says who may attend goes into mask="
             )
         one = _four_axes("bias", one, target)
-        bias = one if bias is None else bias + one
+        bias = one if bias is None else bias.to(_wide(bias, one)) + one
     return bias, slopes
+
+
+def _wide(a: Tensor, b: Tensor) -> torch.dtype:
+    """Sums are made in float32 or wider, as scores are."""
+    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
 
 
 def _checked_slopes(slopes: Tensor, q: Tensor, target: tuple[int, int, int, int]) -> Tensor:

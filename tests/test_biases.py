@@ -54,6 +54,17 @@ def test_several_biases_are_added(impl: str, device: torch.device) -> None:
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_biases_are_added_in_float32(dtype: torch.dtype) -> None:
+    """A sum in 16 bits, which rounds, and overflows where a mask meets a mask."""
+    q, k, v = qkv(torch.device("cpu"))
+    a, b = (4 * torch.randn(9, 12).to(dtype) for _ in range(2))
+    expected = attention(q, k, v, bias=a.float() + b.float(), impl="reference")
+    torch.testing.assert_close(attention(q, k, v, bias=(a, b), impl="reference"), expected)
+    lowest = torch.full((12,), torch.finfo(dtype).min, dtype=dtype)
+    assert attention(q, k, v, bias=(lowest, lowest)).isfinite().all()
+
+
 def test_the_gradient_of_slopes_alone(impl: str, device: torch.device) -> None:
     """A gradient that somebody computes only on the way to dq."""
     q, k, v = (x.detach() for x in qkv(device))
@@ -81,9 +92,9 @@ def test_the_slopes_of_the_paper() -> None:
         (ALiBi(torch.zeros(3)), ValueError, r"\(heads_q,\) or \(batch, heads_q\) = \(2, 4\), got \(3,\)"),
         (ALiBi(torch.zeros(3, 4)), ValueError, r"= \(2, 4\), got \(3, 4\)"),
         ((ALiBi(torch.zeros(4)), ALiBi(torch.zeros(4))), ValueError, "bias may hold one ALiBi, got several"),
-        ((torch.zeros(12), 3.0), TypeError, r"bias must be a torch.Tensor, got float"),
+        ((torch.zeros(12), 3.0), TypeError, r"bias must be a tensor, ALiBi, or a tuple of them, got float"),
         ((torch.zeros(12), torch.zeros(5)), ValueError, r"bias must broadcast.*got shape \(5,\)"),
-        ("alibi", TypeError, r"bias must be a torch.Tensor, got str"),
+        ("alibi", TypeError, r"bias must be a tensor, ALiBi, or a tuple of them, got str"),
     ],
 )
 def test_wrong_biases(bias: Any, error: type[Exception], words: str) -> None:

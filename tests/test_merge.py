@@ -59,6 +59,32 @@ def test_an_empty_part_changes_nothing(dtype: torch.dtype) -> None:
     assert torch.equal(lse_of_both, nothing)
 
 
+@pytest.mark.parametrize("levels", [(0.0, 100.0), (100.0, 0.0), (-torch.inf, 100.0), (-100.0, -torch.inf)])
+def test_derivatives_stay_finite_where_one_part_outweighs_the_other(levels: tuple[float, float]) -> None:
+    """The second derivative of logaddexp is inf / inf there."""
+    lse_a, lse_b = (torch.tensor([x], requires_grad=True) for x in levels)
+    out_a, out_b = (torch.randn(1, 3, requires_grad=True) for _ in range(2))
+    leaves = (lse_a, lse_b, out_a, out_b)
+    out, lse = merge(out_a, lse_a, out_b, lse_b)
+    first = torch.autograd.grad(out.sin().sum() + lse.sin().sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    assert all(bool(g.isfinite().all()) for g in (*first, *second))
+
+
+def test_shares_do_not_depend_on_the_level() -> None:
+    """exp(lse_b - lse) takes in the rounding of lse, which is large where lse is."""
+    lse_a = torch.full((1,), 2.0**17)
+    out, _ = merge(torch.ones(1, 1), lse_a, torch.zeros(1, 1), lse_a + 0.5)
+    torch.testing.assert_close(out[0], torch.sigmoid(torch.tensor([-0.5])))
+
+
+def test_wider_parts_keep_their_digits() -> None:
+    """float64 out beside a float32 lse, rounded on the way."""
+    out = torch.randn(4, 3, dtype=torch.float64)
+    empty = torch.full((4,), -torch.inf)
+    assert torch.equal(merge(out, torch.zeros(4), 0 * out, empty)[0], out)
+
+
 def test_differentiable_twice() -> None:
     out_a, out_b = (torch.randn(3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     lse_a, lse_b = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))

@@ -38,8 +38,9 @@ KERNELS = {
     "evidence": set(),
     "reference": set(),
     "flops": set(),
-    "fallback": {"fallback_blocks", "fallback_plan", "merge"},
+    "fallback": {"fallback_band", "fallback_blocks", "fallback_plan", "merge"},
     "fallback_blocks": {"fallback_plan"},
+    "fallback_band": {"fallback_plan"},
     "fallback_plan": set(),
     "ops": {"evidence", "flops"},  # the implementations are imported when first called, by name
     "dispatch": {"ops", "reference", "evidence"},
