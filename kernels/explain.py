@@ -13,7 +13,8 @@ from . import dispatch, evidence
 from .flops import backward_flops, forward_flops
 from .functional import prepare, with_options
 from .masks import key_bounds
-from .spec import IMPLEMENTATIONS, AttentionOptions, AttentionSpec, Inputs, check_want
+from .spec import IMPLEMENTATIONS, AttentionOptions, AttentionSpec, Inputs
+from .validation import check_want
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

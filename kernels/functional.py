@@ -14,20 +14,9 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .spec import (
-    DEFAULTS,
-    DTYPES,
-    AttentionOptions,
-    AttentionSpec,
-    AttentionStats,
-    Inputs,
-    as_bool,
-    check_tensor,
-    check_want,
-    make_inputs,
-    make_spec,
-)
+from .spec import DEFAULTS, DTYPES, AttentionOptions, AttentionSpec, AttentionStats, Inputs
 from .tracing import constant_when_traced
+from .validation import as_bool, check_tensor, check_want, make_inputs, make_spec
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

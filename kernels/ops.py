@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 
 from . import evidence, flops
 from .spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs, Needs, like
+from .vmap import folded
 
 NAMESPACE = "undivided"
 N_INPUTS, N_SPEC = len(Inputs._fields), len(AttentionSpec._fields)
@@ -283,52 +284,14 @@ def _fold_vmap(
     info: Any, in_dims: tuple[Any, ...], *args: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     """vmap of undivided::forward."""
-    return _vmap(_forward_op, 0, info, in_dims, args)
+    return folded(_forward_op, 0, info, in_dims, args)
 
 
 def _fold_vmap_backward(
     info: Any, in_dims: tuple[Any, ...], *args: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     """vmap of undivided::backward."""
-    return _vmap(_backward_op, 4, info, in_dims, args)
-
-
-def _vmap(
-    operator: Any, first: int, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """Fold the mapped axis into the batch; `first` is where the tensors of Inputs start.
-
-    With a bias, slopes or sinks (their gradients are sums over the batch of one example) or dropout (its bits
-    depend on the batch index within one example) the examples run one after the other.
-    """
-    size = info.batch_size
-    inputs = Inputs(*args[first : first + N_INPUTS])
-    n_tensors = first + N_INPUTS
-    flat_dims = [*in_dims[:n_tensors]]
-    if any(x is not None for x in (inputs.bias, inputs.sinks, inputs.slopes, inputs.seed)):
-        runs = [
-            operator(
-                *(
-                    x.select(d, i) if d is not None else x
-                    for x, d in zip(args[:n_tensors], flat_dims, strict=True)
-                ),
-                *args[n_tensors:],
-            )
-            for i in range(size)
-        ]
-        return tuple(torch.stack(outs) for outs in zip(*runs, strict=True)), (0,) * len(runs[0])
-    batch = inputs.q.shape[0] if flat_dims[first] is None else inputs.q.movedim(flat_dims[first], 0).shape[1]
-    folded: list[Tensor | None] = []
-    for x, d in zip(args[:n_tensors], flat_dims, strict=True):
-        if x is None or (d is None and x.shape[0] == 1 != batch):  # a mask for the whole batch stays one
-            folded.append(x)
-            continue
-        x = x.movedim(d, 0) if d is not None else x.expand(size, *x.shape)
-        folded.append(x.expand(size, batch, *x.shape[2:]).flatten(0, 1))
-    outs = operator(*folded, *args[n_tensors:])
-    mapped = [o.ndim > 1 for o in outs]  # a gradient nobody needs is empty and has one axis
-    results = tuple(o.unflatten(0, (size, -1)) if m else o for o, m in zip(outs, mapped, strict=True))
-    return results, tuple(0 if m else None for m in mapped)
+    return folded(_backward_op, 4, info, in_dims, args)
 
 
 def _schema(types: type[Inputs] | type[AttentionSpec]) -> str:

@@ -1,26 +1,22 @@
-"""What a call asks for: the tensors, the options, and which of them make sense.
+"""What a call asks for: the tensors and the options, and what becomes of them.
 
-Every public call is turned into two values before anything is computed: `Inputs` (the tensors) and
-`AttentionSpec` (everything else, hashable). Implementations see nothing but these two.
+Every public call is turned into two values before anything is computed, by `validation`: `Inputs` (the
+tensors) and `AttentionSpec` (everything else, hashable). Implementations see nothing but these two.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from numbers import Integral, Real
-from typing import NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from .biases import ALiBi, Biases
+if TYPE_CHECKING:
+    from .biases import Biases
 
 IMPLEMENTATIONS = ("reference", "fallback", "triton")
 STATISTICS = ("lse",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LARGEST = 2.0**60
-"""Of |scale|, softcap and 1/softcap: products and quotients of two of them still fit into float32."""
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -134,255 +130,6 @@ class AttentionStats(NamedTuple):
 
     out: Tensor
     lse: Tensor | None = None
-
-
-def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Inputs:
-    """Check the tensors of a call; broadcast batch-1 inputs by stride; give mask and bias four axes.
-
-    Raises:
-        TypeError: an argument is not a tensor of a dtype it may have.
-        ValueError: shapes or devices do not fit together.
-    """
-    (batch, heads_q, seqlen_q, _), (batch_k, _, seqlen_k, _), (batch_v, _, _, _) = _checked_shapes(q, k, v)
-    if batch_k != batch or batch_v != batch:
-        batch = max(batch, batch_k, batch_v) if 0 not in (batch, batch_k, batch_v) else 0
-        q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1, -1) for x in (q, k, v))
-    target = (batch, heads_q, seqlen_q, seqlen_k)
-    mask, key_lengths = options["mask"], options["key_lengths"]
-    bias, slopes = _split_biases(options["bias"], q, target)
-    if mask is not None:
-        check_tensor("mask", mask, q.device)
-        if mask.dtype != torch.bool:
-            raise TypeError(
-                f"mask must be a bool tensor (True = may attend), got {mask.dtype}; "
-                "numbers that are added to the scores go into bias="
-            )
-        mask = _four_axes("mask", mask, target)
-    sinks = options["sinks"]
-    if sinks is not None:
-        check_tensor("sinks", sinks, q.device)
-        if sinks.dtype not in DTYPES:
-            raise TypeError(f"sinks must be a float tensor, got {sinks.dtype}")
-        if sinks.shape != (heads_q,):
-            raise ValueError(f"sinks must have shape (heads_q,) = ({heads_q},), got {tuple(sinks.shape)}")
-    if key_lengths is not None:
-        check_tensor("key_lengths", key_lengths, q.device)
-        if key_lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"key_lengths must be int32 or int64, got {key_lengths.dtype}")
-        if key_lengths.ndim != 1 or key_lengths.shape[0] not in (1, batch):
-            raise ValueError(
-                f"key_lengths must have shape (batch,) = ({batch},), got {tuple(key_lengths.shape)}"
-            )
-        if options["check"]:
-            _check_lengths(key_lengths, seqlen_k)
-        key_lengths = key_lengths.clamp(0, seqlen_k).to(torch.int32).expand(batch).contiguous()
-    return Inputs(q, k, v, bias, sinks, slopes, mask, key_lengths, _make_seed(q, options))
-
-
-def make_spec(
-    head_dim: int, options: AttentionOptions, *, top_left: bool, tf32: bool, want_lse: bool = True
-) -> AttentionSpec:
-    """Check the options that are no tensors, and resolve their defaults.
-
-    Raises:
-        TypeError, ValueError: an option is not what it must be; the message names it.
-    """
-    left, right = _window(options["window"])
-    if as_bool("causal", options["causal"]):
-        right = 0 if right is None else min(right, 0)
-    scale = _number("scale", options["scale"])
-    softcap = _number("softcap", options["softcap"])
-    dropout_p = _number("dropout_p", options["dropout_p"])
-    if scale is None:
-        scale = 1.0 / math.sqrt(head_dim)
-    elif not -LARGEST <= scale <= LARGEST:
-        raise ValueError(f"scale must be a finite number, at most 2**60 in magnitude, got {scale}")
-    if softcap is not None and not 1 / LARGEST <= softcap <= LARGEST:
-        raise ValueError(f"softcap must be a finite number > 0, from 2**-60 to 2**60, or None, got {softcap}")
-    if dropout_p is None or not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
-    return AttentionSpec(
-        float(scale),
-        left,
-        right,
-        top_left,
-        None if softcap is None else float(softcap),
-        float(dropout_p),
-        tf32,
-        want_lse,
-    )
-
-
-def check_want(want: Sequence[str] | None) -> None:
-    """ValueError unless `want` is None or holds names of statistics."""
-    if want is not None and (isinstance(want, str) or any(name not in STATISTICS for name in want)):
-        raise ValueError(f"want must be a tuple of names out of {STATISTICS}, got {want!r}")
-
-
-def check_tensor(name: str, x: object, device: torch.device | None = None) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.layout is not torch.strided or x.is_nested:
-        kind = "nested" if x.is_nested else x.layout
-        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
-    if device is not None and x.device != device:
-        raise ValueError(f"{name} must be on {device} like q, got {x.device}")
-
-
-def _checked_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.Size, torch.Size, torch.Size]:
-    shapes = q.shape, k.shape, v.shape
-    for name, shape in zip("qkv", shapes):
-        if len(shape) != 4:
-            raise ValueError(
-                f"{name} must have 4 axes (batch, heads, seqlen, head_dim), got shape {tuple(shape)}"
-            )
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise TypeError(
-            "q, k and v must share one dtype out of float16, bfloat16, float32, float64, "
-            f"got {q.dtype}, {k.dtype}, {v.dtype}"
-        )
-    if k.device != q.device or v.device != q.device:
-        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
-    (bq, hq, _, dq), (bk, hk, sk, dk), (bv, hv, sv, dv) = shapes
-    if dq != dk:
-        raise ValueError(f"k must have q's head_dim {dq}, got {dk}")
-    if dq == 0 or dv == 0:
-        raise ValueError(f"head_dim must be at least 1, got {dq} (q, k) and {dv} (v)")
-    if hk != hv:
-        raise ValueError(f"v must have k's number of heads {hk}, got {hv}")
-    if sk != sv:
-        raise ValueError(f"v must have k's seqlen {sk}, got {sv}")
-    if hq != hk and (hk == 0 or hq % hk != 0):
-        raise ValueError(
-            f"heads of q ({hq}) must be a multiple of heads of k and v ({hk}): grouped-query attention"
-        )
-    if bq != bk or bq != bv:
-        batch = next((b for b in (bq, bk, bv) if b != 1), 1)
-        if any(b not in (1, batch) for b in (bq, bk, bv)):
-            raise ValueError(f"batch sizes of q, k, v must be equal or 1, got {bq}, {bk}, {bv}")
-    return shapes
-
-
-def _four_axes(name: str, x: Tensor, target: tuple[int, int, int, int]) -> Tensor:
-    """View x with four axes, right-aligned, each 1 or the target's."""
-    shape = x.shape
-    if len(shape) > 4 or any(a != 1 and a != b for a, b in zip(reversed(shape), reversed(target))):
-        raise ValueError(
-            f"{name} must broadcast, right-aligned, to (batch, heads_q, seqlen_q, seqlen_k) = "
-            f"{tuple(target)}, got shape {tuple(shape)}"
-        )
-    return x if len(shape) == 4 else x[(None,) * (4 - len(shape))]
-
-
-def _split_biases(
-    given: Biases, q: Tensor, target: tuple[int, int, int, int]
-) -> tuple[Tensor | None, Tensor | None]:
-    """(the sum of the tensors with four axes, ALiBi's slopes) of a bias or several."""
-    if given is None:
-        return None, None
-    bias = slopes = None
-    for one in given if isinstance(given, tuple) else (given,):
-        if isinstance(one, ALiBi):
-            if slopes is not None:
-                raise ValueError("bias may hold one ALiBi, got several")
-            slopes = _checked_slopes(one.slopes, q, target)
-            continue
-        if not isinstance(one, Tensor):
-            raise TypeError(f"bias must be a tensor, ALiBi, or a tuple of them, got {type(one).__name__}")
-        check_tensor("bias", one, q.device)
-        if one.dtype not in DTYPES:
-            raise TypeError(
-                f"bias must be a float tensor, got {one.dtype}; "
-                "a bool tensor that says who may attend goes into mask="
-            )
-        one = _four_axes("bias", one, target)
-        bias = one if bias is None else bias.to(_wide(bias, one)) + one
-    return bias, slopes
-
-
-def _wide(a: Tensor, b: Tensor) -> torch.dtype:
-    """Sums are made in float32 or wider, as scores are."""
-    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-
-
-def _checked_slopes(slopes: Tensor, q: Tensor, target: tuple[int, int, int, int]) -> Tensor:
-    """With two axes, (1 or batch, heads_q)."""
-    check_tensor("the slopes of ALiBi", slopes, q.device)
-    batch, heads_q = target[:2]
-    if slopes.dtype not in DTYPES:
-        raise TypeError(f"the slopes of ALiBi must be a float tensor, got {slopes.dtype}")
-    if slopes.shape not in ((heads_q,), (1, heads_q), (batch, heads_q)):
-        raise ValueError(
-            f"the slopes of ALiBi must have shape (heads_q,) or (batch, heads_q) = ({batch}, {heads_q}), "
-            f"got {tuple(slopes.shape)}"
-        )
-    return slopes if slopes.ndim == 2 else slopes[None]
-
-
-def _check_lengths(key_lengths: Tensor, seqlen_k: int) -> None:
-    low, high = int(key_lengths.min()), int(key_lengths.max())
-    if low < 0 or high > seqlen_k:
-        raise ValueError(
-            f"key_lengths must lie in [0, seqlen_k] = [0, {seqlen_k}], got values from {low} to {high}"
-        )
-
-
-def _make_seed(q: Tensor, options: AttentionOptions) -> Tensor | None:
-    seed = options["seed"]
-    if isinstance(seed, Tensor):
-        check_tensor("seed", seed, q.device)
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(
-                f"seed must be an int or an int64 tensor with one element, "
-                f"got {seed.dtype} with shape {tuple(seed.shape)}"
-            )
-    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, Integral))):
-        raise TypeError(f"seed must be an int or an int64 tensor, got {type(seed).__name__}")
-    if options["dropout_p"] == 0.0:
-        return None
-    if isinstance(seed, Tensor):
-        return seed.reshape(())
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=q.device)
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must fit into 64 bits, got {seed}")
-    seed = int(seed)
-    return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=q.device)
-
-
-def _window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
-    if window is None:
-        return None, None
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window must be a pair (left, right) or None, got {window!r}")
-    return _side("left", window[0]), _side("right", window[1])
-
-
-def _side(name: str, side: int | None) -> int | None:
-    if side is None:
-        return None
-    if isinstance(side, bool) or not isinstance(side, (int, Integral)):
-        raise TypeError(f"window {name} must be an int or None, got {side!r}")
-    if side < 0:
-        raise ValueError(f"window {name} must be >= 0, or None for unbounded, got {side}")
-    return int(side)
-
-
-def _number(name: str, number: float | None) -> float | None:
-    if number is None or isinstance(number, (int, float)):
-        return number
-    if isinstance(number, Real):  # NumPy's among others
-        return float(number)
-    raise TypeError(f"{name} must be a number or None, got {type(number).__name__}")
-
-
-def as_bool(name: str, flag: object) -> bool:
-    """The value of a bool, Python's, NumPy's or a traced one; what else has a truth value may be a slip."""
-    if isinstance(flag, (bool, torch.SymBool)):
-        return bool(flag)
-    if str(getattr(flag, "dtype", "")) == "bool" and getattr(flag, "shape", None) == ():
-        return bool(flag)
-    raise TypeError(f"{name} must be a bool, got {flag!r}")
 
 
 def like(x: Tensor, head_dim: int) -> Tensor:

@@ -17,7 +17,8 @@ from .biases import distances
 from .functional import prepare, with_options
 from .masks import block_of, visible
 from .philox import keep_mask
-from .spec import AttentionOptions, AttentionSpec, Inputs, check_tensor
+from .spec import AttentionOptions, AttentionSpec, Inputs
+from .validation import check_tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

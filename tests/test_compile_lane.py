@@ -43,7 +43,8 @@ import json, torch
 from triton import knobs
 from undivided.bench.static.absent_gpu import absent_gpu
 from undivided.bench.static.targets import TARGETS
-from undivided.kernels.spec import DEFAULTS, Needs, make_inputs, make_spec
+from undivided.kernels.spec import DEFAULTS, Needs
+from undivided.kernels.validation import make_inputs, make_spec
 from undivided.kernels.triton import attention_backward, attention_forward
 
 keys = {}

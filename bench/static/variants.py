@@ -12,6 +12,7 @@ from torch import Tensor
 from ...kernels import spec as contract
 from ...kernels.biases import ALiBi
 from ...kernels.triton import attention_backward, attention_forward
+from ...kernels.validation import make_inputs, make_spec
 from .absent_gpu import absent_gpu
 from .report import Row, Variant, figures, kernel_name
 from .targets import TARGETS
@@ -107,8 +108,8 @@ def call(variant: Variant) -> None:
     q, dout = (_tensor(BATCH, HEADS_Q, SEQLEN, variant.head_dim, dtype=dtype) for _ in range(2))
     k, v = (_tensor(BATCH, HEADS_KV, SEQLEN, variant.head_dim, dtype=dtype) for _ in range(2))
     options: contract.AttentionOptions = {**contract.DEFAULTS, **OPTIONS[variant.options]()}  # type: ignore[typeddict-item]
-    inputs = contract.make_inputs(q, k, v, options)
-    spec = contract.make_spec(variant.head_dim, options, top_left=False, tf32=False)
+    inputs = make_inputs(q, k, v, options)
+    spec = make_spec(variant.head_dim, options, top_left=False, tf32=False)
     out, lse = attention_forward(inputs, spec)
     needs = contract.Needs(*(x is not None for x in inputs[: contract.N_GRADIENTS]))
     attention_backward(dout, None, out, lse, inputs, spec, needs)

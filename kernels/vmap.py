@@ -1,0 +1,48 @@
+"""The vmap rule of both operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .spec import Inputs
+
+
+def folded(
+    operator: Any, first: int, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """Fold the mapped axis into the batch; `first` is where the tensors of Inputs start.
+
+    With a bias, slopes or sinks (their gradients are sums over the batch of one example) or dropout (its bits
+    depend on the batch index within one example) the examples run one after the other.
+    """
+    size = info.batch_size
+    inputs = Inputs(*args[first : first + len(Inputs._fields)])
+    n_tensors = first + len(Inputs._fields)
+    flat_dims = [*in_dims[:n_tensors]]
+    if any(x is not None for x in (inputs.bias, inputs.sinks, inputs.slopes, inputs.seed)):
+        runs = [
+            operator(
+                *(
+                    x.select(d, i) if d is not None else x
+                    for x, d in zip(args[:n_tensors], flat_dims, strict=True)
+                ),
+                *args[n_tensors:],
+            )
+            for i in range(size)
+        ]
+        return tuple(torch.stack(outs) for outs in zip(*runs, strict=True)), (0,) * len(runs[0])
+    batch = inputs.q.shape[0] if flat_dims[first] is None else inputs.q.movedim(flat_dims[first], 0).shape[1]
+    folded: list[Tensor | None] = []
+    for x, d in zip(args[:n_tensors], flat_dims, strict=True):
+        if x is None or (d is None and x.shape[0] == 1 != batch):  # a mask for the whole batch stays one
+            folded.append(x)
+            continue
+        x = x.movedim(d, 0) if d is not None else x.expand(size, *x.shape)
+        folded.append(x.expand(size, batch, *x.shape[2:]).flatten(0, 1))
+    outs = operator(*folded, *args[n_tensors:])
+    mapped = [o.ndim > 1 for o in outs]  # a gradient nobody needs is empty and has one axis
+    results = tuple(o.unflatten(0, (size, -1)) if m else o for o, m in zip(outs, mapped, strict=True))
+    return results, tuple(0 if m else None for m in mapped)
