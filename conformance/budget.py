@@ -51,7 +51,7 @@ class Finding(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.output}{list(self.element)} = {self.actual!r}, oracle {self.expected!r}: "
-            f"C = {self.constant:.3g}, allowed {self.allowed:.3g}"
+            f"C = {self.constant if self.constant < 1e30 else float('inf'):.4g}, allowed {self.allowed:.3g}"
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .oracle import Results
 from .page import Section, page
 from .questions import CLAIMED
-from .verdict import Report, dtype_name
+from .verdict import RAISED, Report, dtype_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,7 +122,7 @@ def _meaning(report: Report) -> Section:
         )
         for o in report.observations
     ]
-    return Section("What it means", "", ("question", "found", "promised, where other"), rows)
+    return Section("What it means", "", ("question", "found", "promised, if it is another"), rows)
 
 
 def _not_asked(report: Report) -> Section:
@@ -132,12 +132,13 @@ def _not_asked(report: Report) -> Section:
 
 def _failures(report: Report) -> list[Section]:
     found = []
-    for failure in report.failures:
+    # What gives wrong numbers in many cases first, what raises last: it may only be less than was claimed.
+    for failure in sorted(report.failures, key=lambda x: (x.cause.startswith(RAISED), -len(x.names))):
         names = ", ".join(failure.names[:NAMED])
         more = len(failure.names) - NAMED
         where = f"Cases: {names}" + (f", and {more} more" if more > 0 else "") + "."
         if failure.check in CLAIMED:
-            where += f" Not asked of who does not claim it: {CLAIMED[failure.check]}=false."
+            where += f" To leave this out, claim {CLAIMED[failure.check]}=false."
         code = "\n".join(f"    {line}" for line in failure.code.splitlines())
         words = f"{where}\n\n{dtype_name(failure.dtype)}, smallest case: {failure.detail}\n\n{code}"
         found.append(Section(f"{BAD} {failure.check}: {failure.cause}", words))

@@ -116,7 +116,7 @@ def _evidence(chosen: str | None, device: torch.device) -> str:
         return evidence.state_of(chosen, evidence.architecture(device))
     tried = {entry.architecture for entry in evidence.records() if entry.implementation == chosen} - {"cpu"}
     states = (f"{name} {evidence.state_of(chosen, name)}" for name in sorted(tried))
-    return f"on a CUDA GPU: {', '.join(states) or evidence.NO_EVIDENCE}"
+    return f"on a GPU, with the Triton that is here: {', '.join(states) or evidence.NO_EVIDENCE}"
 
 
 def _passed_over(name: str, order: str) -> str:

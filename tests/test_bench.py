@@ -94,6 +94,13 @@ def test_useful_work_is_counted_from_the_visible_scores(case: Case, monkeypatch:
     assert work["both"].flops == work["forward"].flops + work["backward"].flops == 14 * count * case.head_dim
 
 
+def test_a_peer_that_cannot_be_loaded_is_wrong_input(capsys: pytest.CaptureFixture[str]) -> None:
+    """A table without the peer that was asked for, and status 0."""
+    for name in ("nosuchmodule:f", "math:nosuch"):
+        assert command.main(options("--shape", "vit-l-16", "--peers", name)) == 2
+        assert f"cannot load {name}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mask", shapes.MASKS)
 def test_every_peer_that_is_here_computes_every_mask(mask: str) -> None:
     """A window turned into the wrong dense mask would be a fast peer that computes something else."""

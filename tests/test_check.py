@@ -250,7 +250,7 @@ def test_a_report_says_how_to_claim_less() -> None:
     """Nobody knows what to do about a NaN that is meant to leak; a title that says all passed, and wrong."""
     mine = target(wrong_past_20_keys, causal=True, empty_rows=False, alignments=("top-left",))
     words = str(check(mine, device="cpu", only="after every query"))
-    assert "Not asked of who does not claim it: nan_in_hidden_keys=false." in words
+    assert "To leave this out, claim nan_in_hidden_keys=false." in words
     observed = [Observation("lse is", "in base 2", "other", False), Observation("x", "y")]
     report = replace(check(plain, device="cpu", only="1x7"), observations=observed)
     assert "1 of 1 questions passed; it means 1 of 2 things otherwise than it claims" in title(report)

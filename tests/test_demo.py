@@ -238,14 +238,14 @@ def test_a_huge_file_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, com
     assert found.texts == LINES
     assert "read only the first" in found.notes[0]
     path.write_bytes("ä".encode() * 5000)
-    with pytest.raises(sentences.DemoError, match="only 1 different sentences"):
+    with pytest.raises(sentences.DemoError, match=r"too few different sentences \(1\)"):
         read(path)
 
 
 BAD_FILES = {
     "empty": (b"", "is empty"),
     "blank lines": (b"\n  \n\t\n", "is empty"),
-    "a single sentence": (b"Only this.\n", "only 1 different sentences"),
+    "a single sentence": (b"Only this.\n", "too few different sentences (1)"),
     "binary": (b"PK\x03\x04\x00\x00 text", "zero byte"),
     "other encoding": ("Größe\nCafé\n".encode("latin-1"), "no UTF-8 text: byte 2 is 0xf6"),
     "damaged gzip": (gzip.compress(b"text " * 1000)[:40], "damaged gzip"),

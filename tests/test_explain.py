@@ -43,7 +43,7 @@ def test_an_order_that_cannot_be_followed_is_a_failure(capsys: pytest.CaptureFix
 def test_without_a_gpu_it_says_what_a_gpu_would_run(device: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches an answer about the CPU, or an error, for a question about a GPU."""
     out = said(capsys, "--device", device)
-    assert "runs       triton\n  evidence   on a CUDA GPU: " in out
+    assert "runs       triton\n  evidence   on a GPU, with the Triton that is here: " in out
     for name in {entry.architecture for entry in evidence.records() if entry.implementation == "triton"}:
         assert (f"{name} {evidence.state_of('triton', name)}" in out) == (name != "cpu")
 
@@ -59,7 +59,7 @@ def test_meta_tensors_are_a_gpus() -> None:
     explanation = explain(wide, wide, wide)
     assert explanation.chosen == "fallback"
     assert "head_dim 300 is larger than 256" in explanation.reasons["triton"]
-    assert explanation.evidence == "on a CUDA GPU: no evidence"
+    assert explanation.evidence == "on a GPU, with the Triton that is here: no evidence"
 
 
 @pytest.mark.parametrize("name", sorted(DEFAULTS.keys() - {"seed", "check"}))  # those change no answer

@@ -78,7 +78,7 @@ def _inspect(given: argparse.Namespace) -> int:
     before = {path: against.earlier(path, call) for path in given.against if path.is_file()}
     kernels = given.kernel or [name for name in KERNELS if name != "dbias" or call.bias is not None]
     cases = [(architecture, kernel, call) for architecture in given.arch for kernel in kernels]
-    print(f"compiling {len(cases)} kernels, 5 to 10 s each", file=sys.stderr)
+    print(f"compiling, 5 to 10 s a kernel: {len(cases)} to go", file=sys.stderr)
     found = in_processes(compile_kernel, cases, given.jobs, lambda row: [row.error] if row.error else [])
     # Every kernel of a backward brings along the one that prepares it.
     rows = list({(row.architecture, row.kernel): row for row in found}.values())

@@ -77,7 +77,7 @@ def read_sentences(path: Path, limit: int, column: str | None = None) -> Sentenc
         raise DemoError(f"{path} is empty: it has no sentence")
     if len(read.texts) < FEWEST:
         raise DemoError(
-            f"{path} has only {len(read.texts)} different sentences, comparing neighbours needs {FEWEST}"
+            f"{path} has too few different sentences ({len(read.texts)}): comparing neighbours needs {FEWEST}"
         )
     return read
 
