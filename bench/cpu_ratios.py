@@ -72,6 +72,12 @@ def pairs() -> Iterator[Pair]:
             partial(_sdpa, attn_mask=_window_mask(2048, 256)),
             2.0,
         )
+        q, k, v = _tensors(dtype, heads=8, seqlen=1024)
+        yield Pair(
+            f"forward 1k, dropout 0.1, {name}",
+            partial(attention, q, k, v, dropout_p=0.1),
+            partial(_sdpa, q, k, v, dropout_p=0.1),
+        )
         k, v = (torch.randn(1, 8, 8192, 128, dtype=dtype) for _ in range(2))
         q = torch.randn(1, 32, 1, 128, dtype=dtype)
         yield Pair(
