@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -360,3 +361,20 @@ def test_nested_tensors_are_refused_with_the_way_out() -> None:
         out = encoder(x, src_key_padding_mask=padding)
         encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
         torch.testing.assert_close(encoder(x, src_key_padding_mask=padding), out)
+
+
+def test_the_recipe_of_the_readme_serves_padded_encoders() -> None:
+    """An encoder that turns padded batches into nested tensors on its fast path, which nobody else takes."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(E, H, 32, batch_first=True)
+    stock = nn.TransformerEncoder(layer, 2).eval()
+    ours = copy.deepcopy(stock)
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    recipe = readme.partition("for module in model.modules():")[1:]
+    loop = "".join(recipe).partition("\n\n")[0]
+    exec(loop, {"model": ours, "torch": torch, "MultiheadAttention": MultiheadAttention})
+    assert all(type(block.self_attn) is MultiheadAttention for block in ours.layers)
+    x, padding = torch.randn(N, L, E), torch.arange(L) >= torch.tensor([[L], [2]])
+    with torch.no_grad():
+        expected, out = (model(x, src_key_padding_mask=padding) for model in (stock, ours))
+    torch.testing.assert_close(out[~padding], expected[~padding])
