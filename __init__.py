@@ -8,7 +8,7 @@
 and why. Importing touches no device, file or global setting and imports no triton.
 """
 
-from .kernels.biases import ALiBi
+from .kernels.biases import ALiBi, RelativeBias
 from .kernels.explain import Explanation, explain
 from .kernels.functional import attention, scaled_dot_product_attention
 from .kernels.merge import merge
@@ -20,6 +20,7 @@ __all__ = [
     "ALiBi",
     "AttentionStats",
     "Explanation",
+    "RelativeBias",
     "TopWeights",
     "attention",
     "attention_weights",

@@ -33,9 +33,8 @@ def ours(impl: str) -> Target:
         inputs, spec = problem.prepared()
         return dispatch.run(inputs, spec, dispatch.choose(impl, inputs, spec))
 
-    return Target(
-        f"undivided {impl}", attend, replace(EVERYTHING, dtypes=_dtypes(impl), arithmetic=ARITHMETIC[impl])
-    )
+    claims = replace(EVERYTHING, dtypes=_dtypes(impl), arithmetic=ARITHMETIC[impl])
+    return Target(f"undivided {impl}", attend, replace(claims, relative_bias=impl != "triton"))
 
 
 def _ours_on(impl: str, device: torch.device) -> Target:

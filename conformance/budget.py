@@ -23,7 +23,16 @@ ROUNDINGS: dict[Arithmetic, float] = {"kernel": 2.0, "wide": 1.0}
 then dq or dk; and delta inherits the two of out, weighted by A. It does not rely on errors that cancel
 over many channels: with one value channel, or one that outweighs the others, nothing cancels."""
 
-FULL_PRECISION = {"out": 4.0, "dq": 2.0, "dk": 5.0, "dv": 16.0, "dbias": 5.0, "dsinks": 5.0, "dslopes": 5.0}
+FULL_PRECISION = {
+    "out": 4.0,
+    "dq": 2.0,
+    "dk": 5.0,
+    "dv": 16.0,
+    "dbias": 5.0,
+    "dsinks": 5.0,
+    "dslopes": 5.0,
+    "dtable": 5.0,
+}
 """C where nothing is narrower than the accumulation (float32, float64). Sums of n terms have no useful
 a-priori bound, so these are measured ones over the distributions of this room, rounded up."""
 
@@ -107,12 +116,12 @@ def _budget(name: str, oracle: Oracle, arithmetic: Arithmetic) -> tuple[float, T
 def _underflow(name: str, dtype: torch.dtype, expected: Tensor, oracle: Oracle) -> Tensor:
     """eta: what numbers below the normal range cost, and the rounding of a result kept more coarsely.
 
-    dbias, dsinks and dslopes can be that: they have the dtype of their inputs, whatever q has.
+    dbias, dsinks, dslopes and dtable can be that: they have the dtype of their inputs, whatever q has.
     """
     smallest = {torch.float16: 2.0**-24, torch.float64: 1e-300}
     eta = torch.full_like(expected, smallest.get(dtype, 1e-33))
     if oracle.dtype == torch.float16:
         eta = eta + 2.0**-25 * getattr(oracle.underflow, name)
-    if name in ("dbias", "dsinks", "dslopes") and ROUNDOFF[dtype] > ROUNDOFF[oracle.dtype]:
+    if name in ("dbias", "dsinks", "dslopes", "dtable") and ROUNDOFF[dtype] > ROUNDOFF[oracle.dtype]:
         eta = eta + ROUNDOFF[dtype] * expected.abs()
     return eta

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Generator, Tensor
 
-from ..kernels.biases import ALiBi
+from ..kernels.biases import ALiBi, RelativeBias
 from ..kernels.functional import prepare
 from ..kernels.masks import visible
 from ..kernels.spec import DEFAULTS, AttentionOptions, AttentionSpec, Inputs
@@ -36,7 +36,8 @@ class Extra:
 
 @dataclass(frozen=True)
 class Case:
-    """One problem, without its numbers. key_lengths are repeated over the batch; alibi: axes of slopes."""
+    """One problem, without its numbers. key_lengths are repeated over the batch; alibi: axes of slopes.
+    relative: buckets of a RelativeBias, and whether it is bidirectional."""
 
     name: str
     batch: int = 1
@@ -55,6 +56,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     alibi: str = ""
+    relative: tuple[int, bool] | None = None
     dropout_p: float = 0.0
     scale: float | None = None
     layout: str = "bhsd"
@@ -98,6 +100,13 @@ class Case:
             alibi = ALiBi(slopes[0 if self.alibi == "h" else slice(None)].to(device, dtype))
             dense = options.get("bias")
             options["bias"] = (dense, alibi) if isinstance(dense, Tensor) else alibi
+        if self.relative is not None:
+            n_buckets, bidirectional = self.relative
+            table = torch.randn(n_buckets, self.heads_q, generator=generator).to(device, dtype)
+            relative = RelativeBias(table, bidirectional, max_distance=n_buckets + 3)
+            others = options.get("bias")
+            others = others if isinstance(others, tuple) else () if others is None else (others,)
+            options["bias"] = (*others, relative) if others else relative
         return Problem(q, k, v, options, dout, dlse.to(device), self.top_left)
 
 
@@ -153,6 +162,8 @@ def _changed(option: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(option)
     if isinstance(option, ALiBi):
         return ALiBi(change(option.slopes))
+    if isinstance(option, RelativeBias):
+        return replace(option, table=change(option.table))
     return tuple(_changed(x, change) for x in option) if isinstance(option, tuple) else option
 
 
@@ -259,6 +270,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 1.5},
     "sinks": {"sinks": True},
     "alibi": {"alibi": "h"},
+    "relative": {"relative": (8, True)},
     "dropout": {"dropout_p": 0.3},
     "scale": {"scale": -0.4},
     "gqa": {"heads_q": 4},
@@ -317,6 +329,8 @@ def _numbers() -> list[Case]:
     options += [Case(f"softcap {x:g}", softcap=x, scale=1.0) for x in (0.5, 30.0)]
     options += [Case(f"dropout {p:g}", dropout_p=p) for p in (0.1, 1.0)]
     options += [Case("alibi of each batch entry", alibi="bh", batch=2, seqlen_q=17, seqlen_k=29)]
+    options += [Case("relative, one side", relative=(6, False), seqlen_q=29, seqlen_k=37, batch=2)]
+    options += [Case("top-left relative", relative=(12, True), top_left=True, seqlen_q=17, seqlen_k=29)]
     options += [Case("top-left alibi", alibi="h", top_left=True, seqlen_q=17, seqlen_k=29)]
     options += [Case("sinks, rows without keys", sinks=True, seqlen_q=50, seqlen_k=20, causal=True, batch=2)]
     kinds = ["uniform", "peaky", "tiny", "mean_v", "ones_v", "low_rank", "outlier_channel"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..kernels.biases import ALiBi
+from ..kernels.biases import ALiBi, RelativeBias
 from .cases import Problem
 from .guard import require
 from .oracle import Oracle, Results, solve
@@ -33,6 +35,8 @@ def evaluate(target: Target, problem: Problem) -> Results:
         fresh = tuple(
             ALiBi(leaf("slopes", x.slopes, claims.alibi))
             if isinstance(x, ALiBi)
+            else replace(x, table=leaf("table", x.table, claims.relative_bias))
+            if isinstance(x, RelativeBias)
             else leaf("bias", x, claims.bias_gradient)
             for x in several
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import dispatch, reference
-from ..kernels.biases import distances
+from ..kernels.biases import distances, looked_up, summed_up
 from ..kernels.spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs
 
 ACCUMULATION_ROUNDOFF = {
@@ -36,6 +36,7 @@ class Results(NamedTuple):
     dbias: Tensor | None = None
     dsinks: Tensor | None = None
     dslopes: Tensor | None = None
+    dtable: Tensor | None = None
 
 
 class Oracle(NamedTuple):
@@ -67,7 +68,7 @@ def solve(
 
     dk and dv are summed over the query heads of a group, dbias over the axes that bias broadcasts. A sink is
     a score with a probability of its own and dp = 0: cond(dsinks) = Σ T over batch and rows. ALiBi's slopes
-    move scores by the distance: cond(dslopes) = Σ T·|p - j|.
+    move scores by the distance: cond(dslopes) = Σ T·|p - j|. Of a table's entry: Σ T over its bucket.
     dlse is subtracted from delta, hence its place beside A. Dropout only rescales: its bits are
     exact. c is softcap's derivative 1 - t² with t = tanh; scores are never rounded to 16 bits, so it
     enters as it is, except that the subtraction leaves an error of the accumulation's roundoff
@@ -103,6 +104,8 @@ def solve(
     distance = distances(exact, spec)
     if exact.slopes is not None:
         level = level + exact.slopes.abs()[..., None, None] * distance
+    if exact.table is not None:
+        level = level + looked_up(exact, spec).abs()
     level = torch.where(p > 0, level, 0.0)
     weight = exponent + (level.amax(-1, keepdim=True) if level.shape[-1] else 0.0)
     q, k, v, dout = q.abs(), k.abs(), v.abs(), dout.abs()
@@ -119,6 +122,9 @@ def solve(
             dslopes=None
             if exact.slopes is None
             else (terms * distance).sum((2, 3)).sum_to_size(exact.slopes.shape),
+            dtable=None
+            if exact.table is None
+            else summed_up(terms, exact, spec, slice(0, rows[2]), slice(0, exact.k.shape[2])),
         )
 
     loose = (dout * (kept @ v)).sum(-1, keepdim=True) + dlse.abs()

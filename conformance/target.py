@@ -59,6 +59,7 @@ class Capabilities:
     softcap: bool = False
     sinks: bool = False
     alibi: bool = False
+    relative_bias: bool = False
     dropout: bool = False
     same_dropout: bool = False
     lse: bool = False
@@ -136,6 +137,7 @@ class Target:
             "softcap": claims.softcap or case.softcap is None,
             "sinks": claims.sinks or not case.sinks,
             "alibi": claims.alibi or not case.alibi,
+            "relative_bias": claims.relative_bias or case.relative is None,
             "dropout": claims.same_dropout or case.dropout_p == 0.0,
             "empty_rows": claims.empty_rows or not case.build(torch.float32).has_empty_rows(),
         }

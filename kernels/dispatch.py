@@ -28,6 +28,8 @@ def unsupported_reasons(impl: str, inputs: Inputs, spec: AttentionSpec) -> list[
         reasons.append("dtype float64 is computed by the reference and the fallback only")
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         reasons.append("Triton's interpreter multiplies bfloat16 wrongly")
+    if inputs.table is not None:
+        reasons.append("a RelativeBias is computed by the reference and the fallback only")
     for name, head_dim in (("head_dim", q.shape[-1]), ("head_dim of v", v.shape[-1])):
         if head_dim > MAX_HEAD_DIM:
             reasons.append(f"{name} {head_dim} is larger than {MAX_HEAD_DIM}")

@@ -136,8 +136,12 @@ def _describe(inputs: Inputs, spec: AttentionSpec) -> str:
     ]
     if spec.left is not None or spec.right is not None:
         parts.append(f"window ({spec.left}, {spec.right}), {'top-left' if spec.top_left else 'bottom-right'}")
-    given = [x for x in ("mask", "key_lengths", "bias", "slopes", "sinks") if getattr(inputs, x) is not None]
-    parts += ["ALiBi" if name == "slopes" else name for name in given]
+    given = [
+        x
+        for x in ("mask", "key_lengths", "bias", "slopes", "table", "sinks")
+        if getattr(inputs, x) is not None
+    ]
+    parts += [{"slopes": "ALiBi", "table": "RelativeBias"}.get(name, name) for name in given]
     parts += [f"{name} {getattr(spec, name)}" for name in ("softcap", "dropout_p") if getattr(spec, name)]
     return "; ".join([*parts, f"scale {spec.scale:g}"])
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .biases import distances
+from .biases import distances, looked_up, summed_up
 from .fallback_band import Band
 from .fallback_blocks import Block, FlashEngine, MatmulEngine, RowGradients, operand
 from .fallback_plan import Part, Run, Strip, plan, runs
@@ -77,7 +77,7 @@ def attention_backward(
     dsinks = None
     if inputs.sinks is not None and needs.dsinks:
         dsinks = gradient(_delta(dout, dlse, out), lse, inputs.sinks)
-    dscores = needs.dbias or needs.dslopes
+    dscores = needs.dbias or needs.dslopes or needs.dtable
     engine: Engine = FlashEngine if FlashEngine.takes(inputs, spec) and not dscores else MatmulEngine
     block = _whole_block(inputs, spec, engine)
     if block is not None:
@@ -90,6 +90,7 @@ def attention_backward(
             None,
             dsinks,
             None,
+            None,
         )
     dq, dk, dv, dbias = (
         None if x is None or not need else torch.zeros(x.shape, dtype=_wide(q), device=q.device)
@@ -98,6 +99,9 @@ def attention_backward(
     dslopes = None
     if inputs.slopes is not None and needs.dslopes:
         dslopes = torch.zeros(inputs.slopes.shape, dtype=_wide(q), device=q.device)
+    dtable = None
+    if inputs.table is not None and needs.dtable:
+        dtable = torch.zeros(inputs.table.shape, dtype=_wide(q), device=q.device)
     for problem in _problems(inputs, spec, engine, poison=(q, k, v, dout)):
         for strip in problem.strips:
             here = (problem.entries, slice(None), strip.rows)
@@ -116,6 +120,8 @@ def attention_backward(
                 if dbias is not None and share.dscores is not None:
                     target = block_of(_entries_of(dbias, problem.entries), strip.rows, part.cols)
                     target += share.dscores.sum_to_size(target.shape)
+                if dtable is not None and share.dscores is not None:
+                    dtable += summed_up(share.dscores, problem.inputs, spec, strip.rows, part.cols)
                 if dslopes is not None and share.dscores is not None:
                     of_heads = _entries_of(dslopes, problem.entries)
                     distance = distances(problem.inputs, spec, strip.rows, part.cols)
@@ -132,6 +138,7 @@ def attention_backward(
         None if dbias is None or bias is None else dbias.to(bias.dtype),
         dsinks,
         None if dslopes is None or inputs.slopes is None else dslopes.to(inputs.slopes.dtype),
+        None if dtable is None or inputs.table is None else dtable.to(inputs.table.dtype),
     )
 
 
@@ -171,7 +178,8 @@ def _problems(
         asked = spec, seqlen_q, seqlen_k, stop, masked, engine.limits(own, spec)
         strips = plan(*asked)
         seen = _seen(own, spec, strips) if masked and not _harmless(poison) else None
-        is_band = engine is FlashEngine and not masked and own.bias is None and own.slopes is None
+        nothing_added = all(x is None for x in (own.bias, own.slopes, own.table))
+        is_band = engine is FlashEngine and not masked and nothing_added
         yield _Problem(
             entries, own, spec, strips, runs(*asked), seen, Band(own, spec, strips) if is_band else None
         )
@@ -267,6 +275,9 @@ def _block(problem: _Problem, strip: Strip, part: Part, q: Tensor, dtype: torch.
     if inputs.slopes is not None:
         alibi = -inputs.slopes.to(_wide(q))[..., None, None] * distances(inputs, spec, rows, cols)
         bias = alibi if bias is None else bias + alibi
+    if inputs.table is not None:
+        relative = looked_up(inputs, spec, rows, cols)[None].to(_wide(q))
+        bias = relative if bias is None else bias + relative
     shown = None
     if part.visible == "some":
         if problem.band is None:

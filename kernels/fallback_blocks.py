@@ -72,10 +72,11 @@ class FlashEngine:
     @staticmethod
     def takes_whole(inputs: Inputs, spec: AttentionSpec) -> bool:
         """Whether the problem is one block for one call, without a mask. Asked at every small call."""
-        q, k, _, bias, _, slopes, mask, key_lengths, _ = inputs
+        q, k, _, bias, _, slopes, table, mask, key_lengths, _ = inputs
         return (
             bias is None
             and slopes is None
+            and table is None
             and mask is None
             and key_lengths is None
             and spec.left is None
@@ -126,7 +127,7 @@ class FlashEngine:
             # few rows wait for the conversion of keys to float32: do it in slices that stay in the cache
             cols = max(64, _CONVERTED_ELEMENTS // (k.shape[0] * k.shape[1] * k.shape[3]))
         one_part = not narrow or spec.right is None
-        nothing_added = inputs.bias is None and inputs.slopes is None
+        nothing_added = all(x is None for x in (inputs.bias, inputs.slopes, inputs.table))
         return Limits(rows, cols, whole=nothing_added and not _stacks(q, k) and one_part)
 
     @staticmethod
@@ -258,7 +259,8 @@ def _rows_of_mask(inputs: Inputs, spec: AttentionSpec) -> int:
     """How many query rows an element mask may have, so that it is not larger than a block should be."""
     q, mask, bias = inputs.q, inputs.mask, inputs.bias
     given = [x for x in (mask, bias, inputs.slopes) if x is not None]
-    if inputs.slopes is None and spec.left is None and spec.right is None:
+    given += [] if inputs.table is None else [inputs.table[None, 0]]  # as many planes as heads
+    if inputs.slopes is None and inputs.table is None and spec.left is None and spec.right is None:
         is_row = all(x.shape[2] == 1 for x in given)
         is_there = mask is None and bias is not None and bias.dtype == q.dtype and bias.stride(3) == 1
         if is_row or is_there:

@@ -77,8 +77,9 @@ def attention(
         mask: bool, True = may attend; broadcasts, right-aligned, to (batch, heads_q, seqlen_q, seqlen_k).
         key_lengths: int (batch,): keys at or past it are hidden; moves no position.
         bias: float, added to the scores in float32; broadcasts like mask; differentiable. Or `ALiBi(slopes)`,
-            which adds -slope·|position - key| and stores no scores; or a tuple of such, added up: of tensors
-            in float32, as one of the shape that they broadcast to.
+            which adds -slope·|position - key|, or `RelativeBias(table)`, T5's, which no kernel takes yet;
+            neither stores scores. Or a tuple of such, added up: tensors in float32, to one of the shape that
+            they broadcast to.
         softcap: scores become softcap·tanh(scores / softcap) before the bias (Gemma 2 report, section 2);
             from 2**-60 to 2**60.
         sinks: float (heads_q,), finite or -inf: a logit per query head that joins the softmax's denominator

@@ -39,6 +39,7 @@ _SCHEMA_TYPES = {
     "Tensor | None": "Tensor?",
     "float": "float",
     "float | None": "float?",
+    "int": "SymInt",
     "int | None": "SymInt?",
     "bool": "bool",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .biases import distances
+from .biases import distances, looked_up
 from .masks import visible
 from .philox import keep_mask
 from .spec import AttentionSpec, Inputs
@@ -42,6 +42,8 @@ def attention(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         s = s + (bias if ok is None else torch.where(ok, bias, 0.0))
     if inputs.slopes is not None:
         s = s - inputs.slopes.to(wide)[..., None, None] * distances(inputs, spec)
+    if inputs.table is not None:
+        s = s + looked_up(inputs, spec).to(wide)
     if ok is not None:
         s = torch.where(ok, s, -torch.inf)
 

@@ -59,8 +59,8 @@ class Inputs(NamedTuple):
     v: (batch, heads_kv, seqlen_k, head_dim_v). Any strides.
     bias: float; mask: bool, True = may attend; both 4-D, each axis either 1 or its full size, so
     that nothing broadcast is ever stored. sinks: float (heads_q,). slopes: ALiBi's, float (1 or batch,
-    heads_q). key_lengths: int32 (batch,), dense. seed: int64 scalar tensor. The first ones can have
-    gradients: those that `Gradients` has, in its order.
+    heads_q). table: RelativeBias's, float (buckets, heads_q). key_lengths: int32 (batch,), dense. seed: int64
+    scalar tensor. The first ones can have gradients: those that `Gradients` has, in its order.
     """
 
     q: Tensor
@@ -69,6 +69,7 @@ class Inputs(NamedTuple):
     bias: Tensor | None = None
     sinks: Tensor | None = None
     slopes: Tensor | None = None
+    table: Tensor | None = None
     mask: Tensor | None = None
     key_lengths: Tensor | None = None
     seed: Tensor | None = None
@@ -80,6 +81,7 @@ class AttentionSpec(NamedTuple):
     A query at position p sees keys p - left ... p + right, both ends included; None = unbounded.
     The position of query i is i + (seqlen_k - seqlen_q), or i with `top_left`. Without `want_lse` nobody
     but a backward pass will read lse: 16-bit inputs may then leave it with errors far below their own.
+    bidirectional, max_distance: of the table, see `RelativeBias`.
     """
 
     scale: float
@@ -90,6 +92,8 @@ class AttentionSpec(NamedTuple):
     dropout_p: float = 0.0
     tf32: bool = False
     want_lse: bool = True
+    bidirectional: bool = True
+    max_distance: int = 128
 
     def shift(self, seqlen_q: int, seqlen_k: int) -> int:
         """Position of query 0 on the axis of keys."""
@@ -105,6 +109,7 @@ class Gradients(NamedTuple):
     dbias: Tensor | None
     dsinks: Tensor | None
     dslopes: Tensor | None
+    dtable: Tensor | None
 
 
 class Needs(NamedTuple):
@@ -116,6 +121,7 @@ class Needs(NamedTuple):
     dbias: bool = False
     dsinks: bool = False
     dslopes: bool = False
+    dtable: bool = False
 
 
 N_GRADIENTS = len(Gradients._fields)

@@ -12,7 +12,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from .biases import ALiBi, Biases
+from .biases import ALiBi, Biases, RelativeBias
 from .spec import DTYPES, STATISTICS, AttentionOptions, AttentionSpec, Inputs
 
 LARGEST = 2.0**60
@@ -32,7 +32,7 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
         q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1, -1) for x in (q, k, v))
     target = (batch, heads_q, seqlen_q, seqlen_k)
     mask, key_lengths = options["mask"], options["key_lengths"]
-    bias, slopes = _split_biases(options["bias"], q, target)
+    bias, slopes, table = _split_biases(options["bias"], q, target)
     if mask is not None:
         check_tensor("mask", mask, q.device)
         if mask.dtype != torch.bool:
@@ -59,7 +59,7 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
         if options["check"]:
             _check_lengths(key_lengths, seqlen_k)
         key_lengths = key_lengths.clamp(0, seqlen_k).to(torch.int32).expand(batch).contiguous()
-    return Inputs(q, k, v, bias, sinks, slopes, mask, key_lengths, _make_seed(q, options))
+    return Inputs(q, k, v, bias, sinks, slopes, table, mask, key_lengths, _make_seed(q, options))
 
 
 def make_spec(
@@ -93,7 +93,16 @@ def make_spec(
         float(dropout_p),
         tf32,
         want_lse,
+        *_table_of(options["bias"]),
     )
+
+
+def _table_of(biases: Biases) -> tuple[bool, int]:
+    """(bidirectional, max_distance) of the RelativeBias, if there is one."""
+    for one in biases if isinstance(biases, tuple) else (biases,):
+        if isinstance(one, RelativeBias):
+            return bool(one.bidirectional), int(one.max_distance)
+    return AttentionSpec._field_defaults["bidirectional"], AttentionSpec._field_defaults["max_distance"]
 
 
 def check_want(want: Sequence[str] | None) -> None:
@@ -159,19 +168,26 @@ def _four_axes(name: str, x: Tensor, target: tuple[int, int, int, int]) -> Tenso
 
 def _split_biases(
     given: Biases, q: Tensor, target: tuple[int, int, int, int]
-) -> tuple[Tensor | None, Tensor | None]:
-    """(the sum of the tensors with four axes, ALiBi's slopes) of a bias or several."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(the sum of the tensors with four axes, ALiBi's slopes, RelativeBias's table) of a bias or several."""
     if given is None:
-        return None, None
-    bias = slopes = None
+        return None, None, None
+    bias = slopes = table = None
     for one in given if isinstance(given, tuple) else (given,):
         if isinstance(one, ALiBi):
             if slopes is not None:
                 raise ValueError("bias may hold one ALiBi, got several")
             slopes = _checked_slopes(one.slopes, q, target)
             continue
+        if isinstance(one, RelativeBias):
+            if table is not None:
+                raise ValueError("bias may hold one RelativeBias, got several")
+            table = _checked_table(one, q, target)
+            continue
         if not isinstance(one, Tensor):
-            raise TypeError(f"bias must be a tensor, ALiBi, or a tuple of them, got {type(one).__name__}")
+            raise TypeError(
+                f"bias must be a tensor, ALiBi, RelativeBias, or a tuple of them, got {type(one).__name__}"
+            )
         check_tensor("bias", one, q.device)
         if one.dtype not in DTYPES:
             raise TypeError(
@@ -180,7 +196,29 @@ def _split_biases(
             )
         one = _four_axes("bias", one, target)
         bias = one if bias is None else bias.to(_wide(bias, one)) + one
-    return bias, slopes
+    return bias, slopes, table
+
+
+def _checked_table(bias: RelativeBias, q: Tensor, target: tuple[int, int, int, int]) -> Tensor:
+    table, heads_q, bidirectional = bias.table, target[1], as_bool("bidirectional", bias.bidirectional)
+    check_tensor("the table of RelativeBias", table, q.device)
+    if table.dtype not in DTYPES:
+        raise TypeError(f"the table of RelativeBias must be a float tensor, got {table.dtype}")
+    n_buckets = table.shape[0] if table.ndim else 0
+    of_a_side = n_buckets // 2 if bidirectional else n_buckets
+    if table.shape != (n_buckets, heads_q) or of_a_side < 2 or (bidirectional and n_buckets % 2):
+        least = "an even number of buckets from 4 on" if bidirectional else "2 buckets or more"
+        raise ValueError(
+            f"the table of RelativeBias must have shape (buckets, heads_q) = (buckets, {heads_q}), with "
+            f"{least}, got {tuple(table.shape)}"
+        )
+    distance = bias.max_distance
+    if isinstance(distance, bool) or not isinstance(distance, Integral) or distance <= of_a_side // 2:
+        raise ValueError(
+            f"max_distance of RelativeBias must be an int above {of_a_side // 2}, the distances that have a "
+            f"bucket of their own, got {distance!r}"
+        )
+    return table
 
 
 def _wide(a: Tensor, b: Tensor) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .biases import distances
+from .biases import distances, looked_up
 from .functional import prepare, with_options
 from .masks import block_of, visible
 from .philox import keep_mask
@@ -165,6 +165,8 @@ def _weights(inputs: Inputs, lse: Tensor, spec: AttentionSpec, heads: list[int],
         s = s + block_of(own.bias, rows, slice(None)).to(lse.dtype)
     if own.slopes is not None:
         s = s - own.slopes[:, heads, None, None].to(lse.dtype) * distances(own, spec, rows).to(lse.dtype)
+    if own.table is not None:
+        s = s + looked_up(own, spec, rows)[heads].to(lse.dtype)
     ok = visible(own, spec, rows)
     if ok is not None:
         s = torch.where(ok, s, -torch.inf)

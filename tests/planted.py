@@ -329,7 +329,7 @@ def planted(bug: str | None = None) -> Target:
     """The kernel as a target that claims everything; without a bug the correct one."""
     kernel = BUGS[bug].kernel if bug else Flash()
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    return Target(bug or "flash model", kernel, replace(EVERYTHING, dtypes=dtypes))
+    return Target(bug or "flash model", kernel, replace(EVERYTHING, dtypes=dtypes, relative_bias=False))
 
 
 def flash_model(problem: Problem, bug: str | None = None) -> Results:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from undivided import ALiBi, attention
+from undivided import ALiBi, RelativeBias, attention
 
 
 @pytest.fixture(params=["reference", "fallback", "triton"])
@@ -92,12 +92,78 @@ def test_the_slopes_of_the_paper() -> None:
         (ALiBi(torch.zeros(3)), ValueError, r"\(heads_q,\) or \(batch, heads_q\) = \(2, 4\), got \(3,\)"),
         (ALiBi(torch.zeros(3, 4)), ValueError, r"= \(2, 4\), got \(3, 4\)"),
         ((ALiBi(torch.zeros(4)), ALiBi(torch.zeros(4))), ValueError, "bias may hold one ALiBi, got several"),
-        ((torch.zeros(12), 3.0), TypeError, r"bias must be a tensor, ALiBi, or a tuple of them, got float"),
+        (
+            (torch.zeros(12), 3.0),
+            TypeError,
+            r"bias must be a tensor, ALiBi, RelativeBias, or a tuple of them, got float",
+        ),
         ((torch.zeros(12), torch.zeros(5)), ValueError, r"bias must broadcast.*got shape \(5,\)"),
-        ("alibi", TypeError, r"bias must be a tensor, ALiBi, or a tuple of them, got str"),
+        ("alibi", TypeError, r"bias must be a tensor, ALiBi, RelativeBias, or a tuple of them, got str"),
     ],
 )
 def test_wrong_biases(bias: Any, error: type[Exception], words: str) -> None:
+    q, k, v = qkv(torch.device("cpu"))
+    with pytest.raises(error, match=words):
+        attention(q, k, v, bias=bias)
+
+
+def relative(table: torch.Tensor, bidirectional: bool = True, max_distance: int = 20) -> RelativeBias:
+    return RelativeBias(table, bidirectional, max_distance)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("implementation", ["reference", "fallback"])
+def test_a_relative_bias_is_t5s(implementation: str, bidirectional: bool) -> None:
+    """A bucket too far, the wrong side, another head's number, or a gradient that lands in another bucket."""
+    attention_of_t5 = pytest.importorskip("transformers").models.t5.modeling_t5.T5Attention
+    q, k, v = qkv(torch.device("cpu"), 60, 75)
+    table = torch.randn(8, 4, requires_grad=True)
+    ahead = torch.arange(75) - torch.arange(60)[:, None] - 15
+    bucket = attention_of_t5._relative_position_bucket(ahead, bidirectional, num_buckets=8, max_distance=20)
+    dense = table[bucket].permute(2, 0, 1)
+    options: dict[str, Any] = {"causal": not bidirectional}
+    out = attention(q, k, v, bias=relative(table, bidirectional), impl=implementation, **options)
+    expected = attention(q, k, v, bias=dense, impl="reference", **options)
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    ours = torch.autograd.grad(out, (q, k, v, table), dout)
+    theirs = torch.autograd.grad(expected, (q, k, v, table), dout)
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5)
+
+
+def test_kernels_say_that_they_have_no_relative_bias(device: torch.device) -> None:
+    """An order that is followed without the bias."""
+    q, k, v = qkv(device)
+    with pytest.raises(
+        NotImplementedError, match="a RelativeBias is computed by the reference and the fallback"
+    ):
+        attention(q, k, v, bias=relative(torch.zeros(8, 4, device=device)), impl="triton")
+    assert attention(q, k, v, bias=relative(torch.zeros(8, 4, device=device))).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    ("bias", "error", "words"),
+    [
+        (
+            relative(torch.zeros(8, 3)),
+            ValueError,
+            r"\(buckets, heads_q\) = \(buckets, 4\), with an even number",
+        ),
+        (relative(torch.zeros(7, 4)), ValueError, r"an even number of buckets from 4 on, got \(7, 4\)"),
+        (relative(torch.zeros(1, 4), False), ValueError, r"with 2 buckets or more, got \(1, 4\)"),
+        (relative(torch.zeros(8)), ValueError, r"got \(8,\)"),
+        (relative(torch.zeros(8, 4).long()), TypeError, "table of RelativeBias must be a float tensor"),
+        (
+            relative(torch.zeros(8, 4), True, 2),
+            ValueError,
+            "max_distance of RelativeBias must be an int above 2",
+        ),
+        (relative(torch.zeros(8, 4), 1), TypeError, "bidirectional must be a bool, got 1"),
+        ((relative(torch.zeros(8, 4)),) * 2, ValueError, "bias may hold one RelativeBias, got several"),
+    ],
+)
+def test_wrong_relative_biases(bias: Any, error: type[Exception], words: str) -> None:
     q, k, v = qkv(torch.device("cpu"))
     with pytest.raises(error, match=words):
         attention(q, k, v, bias=bias)

@@ -35,6 +35,8 @@ def every_case() -> list[object]:
     params = []
     for index, case in enumerate(CASES):
         for impl, dtypes in DTYPES.items():
+            if ours(impl).refusal(case, dtypes[0]) == "relative_bias":  # a dispatch test says who refuses
+                continue
             for dtype in dtypes:
                 interpreted = impl == "triton" and not NATIVE
                 sampled = dtype == dtypes[index % len(dtypes)] and "+" not in case.name

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from undivided import ALiBi, attention
+from undivided import ALiBi, RelativeBias, attention
 from undivided.kernels import functional, ops
 from undivided.kernels.spec import N_GRADIENTS
 
@@ -93,7 +93,7 @@ def test_compile_is_one_graph_and_equal(qkv: tuple[Tensor, ...], dynamic: bool) 
 
 INDUCTOR = """
 import torch
-from undivided import ALiBi, attention, scaled_dot_product_attention
+from undivided import ALiBi, RelativeBias, attention, scaled_dot_product_attention
 
 def call(q, k, v, bias):
     stats = attention(q, k, v, causal=True, window=(2, None), bias=bias, softcap=5.0, want=("lse",))
@@ -299,16 +299,20 @@ class TestNeverSilentZeros:
 
 @pytest.mark.parametrize("needs", itertools.product((False, True), repeat=N_GRADIENTS))
 def test_every_subset_of_gradients(needs: tuple[bool, ...]) -> None:
-    tensors = [torch.randn(*s) for s in ((1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8), (5, 5), (2,), (2,))]
+    tensors = [
+        torch.randn(*s) for s in ((1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8), (5, 5), (2,), (2,), (4, 2))
+    ]
     leaves = [x.clone().requires_grad_(n) for x, n in zip(tensors, needs, strict=True)]
-    q, k, v, bias, sinks, slopes = leaves
-    out = attention(q, k, v, bias=(bias, ALiBi(slopes)), sinks=sinks)
+    q, k, v, bias, sinks, slopes, table = leaves
+    out = attention(q, k, v, bias=(bias, ALiBi(slopes), RelativeBias(table)), sinks=sinks)
     assert out.requires_grad == any(needs)
     if not any(needs):
         return
     out.sin().sum().backward()
     full = [x.clone().requires_grad_() for x in tensors]
-    attention(*full[:3], bias=(full[3], ALiBi(full[5])), sinks=full[4]).sin().sum().backward()
+    attention(
+        *full[:3], bias=(full[3], ALiBi(full[5]), RelativeBias(full[6])), sinks=full[4]
+    ).sin().sum().backward()
     for x, y, n in zip(leaves, full, needs, strict=True):
         assert (x.grad is None) == (not n)
         if n:

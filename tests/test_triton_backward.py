@@ -135,7 +135,7 @@ def test_only_what_is_needed_is_computed(device: torch.device) -> None:
         needs = Needs(*asked)
         wanted = Gradients(*(x if need else None for x, need in zip(everything, needs)))
         assert_same(backward(problem, needs), wanted)
-        q, k, v, bias, _, slopes = needs
+        q, k, v, bias, _, slopes, _ = needs
         assert len(launches(problem, needs)) == any(needs) + (q or slopes) + (k or v) + bias
 
 

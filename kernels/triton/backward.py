@@ -120,7 +120,7 @@ def backward_launches(
     dsinks is a sum over delta, and has no launch. With meta tensors and a config for every kernel: launches
     to compile only.
     """
-    q, k, v, bias, _, slopes, mask, key_lengths, _ = inputs
+    q, k, v, bias, _, slopes, _, mask, key_lengths, _ = inputs
     batch, heads_q, seqlen_q, head_dim = q.shape
     heads_kv, seqlen_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     dq, dk, dv = (like(x, x.shape[3]) if need else None for x, need in zip(inputs[:3], needs))
@@ -129,7 +129,7 @@ def backward_launches(
     if slopes is not None and needs.dslopes:  # of each row; `attention_backward` adds them up
         dslopes = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         dq = like(q, head_dim) if dq is None else dq  # the same kernel fills both
-    gradients = Gradients(dq, dk, dv, dbias, None, dslopes)
+    gradients = Gradients(dq, dk, dv, dbias, None, dslopes, None)
     if not any(needs):
         return gradients, [], lse
 
