@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from undivided import ALiBi, TopWeights, attention, attention_weights
+from undivided import ALiBi, RelativeBias, TopWeights, attention, attention_weights
 from undivided.kernels import weights as room
 
 BATCH, HEADS, ROWS, KEYS = 2, 4, 9, 12
@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lengths": {"key_lengths": torch.tensor([0, 7])},
     "bias": {"bias": torch.randn(HEADS, ROWS, 1, dtype=torch.float64)},
     "alibi and bias": {"bias": (ALiBi(torch.rand(BATCH, HEADS)), torch.randn(KEYS))},
+    "relative": {"bias": RelativeBias(torch.randn(8, HEADS)), "causal": True},
     "softcap": {"softcap": 0.7, "scale": -1.5},
     "sinks": {"sinks": torch.randn(HEADS), "causal": True},
     "dropout": {"dropout_p": 0.4, "seed": 11},
