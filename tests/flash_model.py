@@ -11,7 +11,7 @@ from undivided.conformance.cases import Problem
 from undivided.kernels.masks import visible
 from undivided.kernels.philox import keep_mask
 from undivided.kernels.sinks import lse_of_empty_rows
-from undivided.kernels.spec import N_GRADIENTS, AttentionSpec, Inputs
+from undivided.kernels.spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs
 
 
 class Flash:
@@ -53,7 +53,7 @@ class Flash:
 
     def backward(
         self, dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, inputs: Inputs, spec: AttentionSpec
-    ) -> tuple[Tensor | None, ...]:
+    ) -> Gradients:
         """Probabilities rebuilt from lse, delta from the rounded out."""
         q, k, v, seen = self.operands(inputs, spec)
         dead = (lse == -torch.inf)[..., None]
@@ -78,7 +78,7 @@ class Flash:
         if inputs.slopes is not None:
             moved = self.gradient_of_distances(ds, self.distances(inputs, spec))
             dslopes = moved.sum((2, 3)).sum_to_size(inputs.slopes.shape)
-        return dq, dk, dv, dbias, dsinks, dslopes
+        return Gradients(dq, dk, dv, dbias, dsinks, dslopes, None)
 
     def operands(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v in float32, with what nobody sees cleared, and who sees whom; all per query head."""

@@ -184,17 +184,20 @@ LINEAR = {
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc: getrusage inherits pytest's")
-@pytest.mark.parametrize(("options", "sizes"), LINEAR.values(), ids=LINEAR)
-def test_memory_is_linear(options: str, sizes: str) -> None:
+@pytest.mark.parametrize("kind", LINEAR)
+def test_memory_is_linear(kind: str) -> None:
     """A matrix of scores, or a mask of that size: 2 heads x 8192² x 4 bytes would be 512 MiB.
 
-    Masks of all strips, kept, would be a quarter of that; keys of all strips, copied, as much.
+    Masks of all strips, kept, would be a quarter of that; keys of all strips, copied, a tenth. The engine of
+    matrix products has a dozen temporaries of 8 MiB, which the allocator may lay anywhere.
     """
+    options, sizes = LINEAR[kind]
+    limit = 128 * 1024 if kind in ("softcap", "relative positions") else 48 * 1024
     program = _STEP.replace("OPTIONS", options).replace("SIZES", sizes)
     command = [sys.executable, "-c", program]
     for _ in range(3):  # what the allocator could not use again only ever adds
         finished = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-        if int(finished.stdout) < 48 * 1024:
+        if int(finished.stdout) < limit:
             return
     raise AssertionError(f"{finished.stdout} KiB more at the peak")
 

@@ -211,7 +211,7 @@ def test_the_same_call_gives_the_same_bits(impl: str, device: torch.device) -> N
     first = evaluate(ours(impl), problem)
     evaluate(ours(impl), with_options(problem, causal=True, softcap=3.0, scale=2.0, dropout_p=0.5))
     for name, x, y in zip(Results._fields, first, evaluate(ours(impl), problem)):
-        assert torch.equal(x, y), name
+        assert (x is None and y is None) or torch.equal(x, y), name
 
 
 def test_nan_in_a_query_stays_in_its_row(impl: str, device: torch.device) -> None:
