@@ -97,6 +97,8 @@ def any_case(draw: st.DrawFn, longest: int) -> Case:
         mask=draw(st.none() | st.builds(Extra, st.sampled_from(sorted(MASKS)), axes)),
         bias=draw(st.none() | st.builds(Extra, st.sampled_from(["random", "hidden", "hidden_rows"]), axes)),
         softcap=draw(st.none() | st.sampled_from([0.7, 20.0])),
+        sinks=draw(st.booleans()),
+        alibi=draw(st.sampled_from(["", "", "h", "bh"])),
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.25])),
         scale=draw(st.none() | st.sampled_from([-0.3, 0.0, 1.0])),
         layout=draw(st.sampled_from(sorted(LAYOUTS))),
