@@ -17,8 +17,8 @@ from ..conformance.adapters import ADAPTERS, ARITHMETIC, resolve
 from ..conformance.budget import Arithmetic
 from ..conformance.cases import Case, Extra, Problem
 from ..kernels.functional import attention
-from ..kernels.masks import visible
 from ..kernels.spec import AttentionOptions
+from ..kernels.visibility import visible
 
 OURS = "undivided"
 LARGEST_SCORES = {"cpu": 2**31, "cuda": 2**35}

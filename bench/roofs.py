@@ -12,7 +12,7 @@ import torch
 from ..conformance.cases import Problem
 from ..kernels.explain import explain
 from ..kernels.flops import backward_flops, forward_flops
-from ..kernels.masks import visible
+from ..kernels.visibility import visible
 from .timing import CPU, Run, in_turns, spread
 
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}

@@ -16,8 +16,8 @@ from torch import Generator, Tensor
 
 from ..kernels.biases import ALiBi, RelativeBias
 from ..kernels.functional import prepare
-from ..kernels.masks import visible
 from ..kernels.spec import DEFAULTS, AttentionOptions, AttentionSpec, Inputs
+from ..kernels.visibility import visible
 from .distributions import draw
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.masks import visible
+from ..kernels.visibility import visible
 from .cases import Problem
 from .target import Capabilities, Target
 

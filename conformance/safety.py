@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..kernels.masks import visible
+from ..kernels.visibility import visible
 from .budget import Finding, measure
 from .cases import Problem
 from .evaluation import evaluate, expected

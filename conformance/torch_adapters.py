@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..kernels.masks import visible
 from ..kernels.spec import DTYPES
+from ..kernels.visibility import visible
 from .cases import Problem
 from .target import Attend, Capabilities, Target
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.biases import distances, looked_up
-from ..kernels.masks import visible
 from ..kernels.philox import keep_mask
 from ..kernels.sinks import lse_of_empty_rows
 from ..kernels.spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs
+from ..kernels.visibility import visible
 from .cases import Problem
 from .oracle import Oracle, Results
 from .target import Capabilities

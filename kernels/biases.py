@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import positions
+from .visibility import positions
 
 if TYPE_CHECKING:
     from .spec import AttentionSpec, Inputs

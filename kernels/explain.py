@@ -12,9 +12,9 @@ from torch import Tensor
 from . import dispatch, evidence
 from .flops import backward_flops, forward_flops
 from .functional import prepare, with_options
-from .masks import key_bounds
 from .spec import IMPLEMENTATIONS, AttentionOptions, AttentionSpec, Inputs
 from .validation import check_want
+from .visibility import key_bounds
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

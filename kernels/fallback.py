@@ -17,11 +17,11 @@ from .biases import distances, looked_up, summed_up
 from .fallback_band import Band
 from .fallback_blocks import Block, FlashEngine, MatmulEngine, RowGradients, operand
 from .fallback_plan import Part, Run, Strip, plan, runs
-from .masks import block_of, visible
 from .merge import merged
 from .philox import keep_mask
 from .sinks import gradient, join
 from .spec import AttentionSpec, Gradients, Inputs, Needs, like, seq_major
+from .visibility import block_of, visible
 
 Engine = type[FlashEngine] | type[MatmulEngine]
 
@@ -174,7 +174,7 @@ def _problems(
     """Cut the batch; poison: tensors whose NaN or Inf hidden keys could carry on."""
     seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
     for entries, own, stop in _by_length(inputs):
-        masked = own.mask is not None or own.key_lengths is not None
+        masked = any(x is not None for x in (own.mask, own.ranges, own.tiles, own.key_lengths))
         asked = spec, seqlen_q, seqlen_k, stop, masked, engine.limits(own, spec)
         strips = plan(*asked)
         seen = _seen(own, spec, strips) if masked and not _harmless(poison) else None
@@ -211,6 +211,8 @@ def _by_length(inputs: Inputs) -> Iterator[tuple[slice, Inputs, int]]:
             bias=None if inputs.bias is None else _entries_of(inputs.bias, entries),
             slopes=None if inputs.slopes is None else _entries_of(inputs.slopes, entries),
             mask=None if inputs.mask is None else _entries_of(inputs.mask, entries),
+            ranges=None if inputs.ranges is None else _entries_of(inputs.ranges, entries),
+            tiles=None if inputs.tiles is None else _entries_of(inputs.tiles, entries),
             key_lengths=None,
         )
         yield entries, own, length
@@ -300,7 +302,7 @@ def _keep(problem: _Problem, rows: slice, cols: slice) -> Tensor:
     inputs = problem.inputs
     batch, heads, _, _ = inputs.q.shape
     row, col = (range(x.start, x.stop) for x in (rows, cols))
-    first_plane = (problem.entries.start or 0) * heads
+    first_plane = (problem.spec.first_entry + (problem.entries.start or 0)) * heads
     assert inputs.seed is not None
     return keep_mask(inputs.seed, problem.spec.dropout_p, batch, heads, row, col, first_plane)
 

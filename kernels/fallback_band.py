@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .fallback_plan import Strip
-from .masks import within
 from .spec import AttentionSpec, Inputs
+from .visibility import within
 
 
 class Band:

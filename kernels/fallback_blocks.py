@@ -72,13 +72,10 @@ class FlashEngine:
     @staticmethod
     def takes_whole(inputs: Inputs, spec: AttentionSpec) -> bool:
         """Whether the problem is one block for one call, without a mask. Asked at every small call."""
-        q, k, _, bias, _, slopes, table, mask, key_lengths, _ = inputs
+        q, k = inputs.q, inputs.k
         return (
-            bias is None
-            and slopes is None
-            and table is None
-            and mask is None
-            and key_lengths is None
+            inputs.bias is None
+            and _ABSENT.issuperset(map(type, inputs[_AFTER_SINKS:-1]))
             and spec.left is None
             and (spec.right is None or FlashEngine.is_causal(inputs, spec) or _last_row_only(q, spec))
             and (
@@ -225,6 +222,8 @@ _MASK_ELEMENTS = 2**22
 _BLOCK_ELEMENTS = 2**21
 _COLS = 512
 _FEW_ROWS = 16
+_ABSENT = {type(None)}
+_AFTER_SINKS = Inputs._fields.index("sinks") + 1
 _FEW_COLS = 1024
 _CONVERTED_ELEMENTS = 2**18
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 from typing import Literal, NamedTuple
 
-from .masks import key_bounds
 from .spec import AttentionSpec
+from .visibility import key_bounds
 
 
 class Part(NamedTuple):
     """Keys that the rows of a strip meet. visible: "all" of them; "causal": row r of the strip sees
-    columns 0 ... r of the part; "some": ask `masks.visible`."""
+    columns 0 ... r of the part; "some": ask `visibility.visible`."""
 
     cols: slice
     visible: Literal["all", "causal", "some"]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .masks import visible_scores
 from .spec import AttentionSpec, Inputs
+from .visibility import visible_scores
 
 N_INPUTS = len(Inputs._fields)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .biases import distances, looked_up
-from .masks import visible
 from .philox import keep_mask
 from .spec import AttentionSpec, Inputs
+from .visibility import visible
 
 
 def attention(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -67,5 +67,6 @@ def _dropout(p: Tensor, inputs: Inputs, spec: AttentionSpec) -> Tensor:
         return p * 0.0
     assert inputs.seed is not None
     batch, heads, seqlen_q, seqlen_k = p.shape
-    keep = keep_mask(inputs.seed, spec.dropout_p, batch, heads, range(seqlen_q), range(seqlen_k))
+    first_plane = spec.first_entry * heads
+    keep = keep_mask(inputs.seed, spec.dropout_p, batch, heads, range(seqlen_q), range(seqlen_k), first_plane)
     return torch.where(keep, p / (1.0 - spec.dropout_p), 0.0)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = ("reference", "fallback", "triton")
 STATISTICS = ("lse",)
+TILE, HIDDEN, WHOLE = 128, -2, -1
+"""Of `Inputs.tiles`."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -32,6 +34,8 @@ class AttentionOptions(TypedDict, total=False):
     scale: float | None
     dropout_p: float
     seed: int | Tensor | None
+    deterministic: bool | str | None
+    precise: bool
     check: bool
     impl: str | None
 
@@ -47,6 +51,8 @@ DEFAULTS: AttentionOptions = {
     "scale": None,
     "dropout_p": 0.0,
     "seed": None,
+    "deterministic": None,
+    "precise": False,
     "check": False,
     "impl": None,
 }
@@ -61,6 +67,19 @@ class Inputs(NamedTuple):
     that nothing broadcast is ever stored. sinks: float (heads_q,). slopes: ALiBi's, float (1 or batch,
     heads_q). table: RelativeBias's, float (buckets, heads_q). key_lengths: int32 (batch,), dense. seed: int64
     scalar tensor. The first ones can have gradients: those that `Gradients` has, in its order.
+
+    What a mask object says, with causal and window in it. ranges: int32 (1 or batch, 2 or 4, seqlen_q),
+    dense: row i sees keys [ranges[0], ranges[1]) and [ranges[2], ranges[3]), which are disjoint; along the
+    rows no bound decreases; an empty one may end before it starts. Else, of tiles of `TILE` x `TILE` scores,
+    tiles: int32 (1 or batch, 1 or heads_q, tiles of rows, tiles of keys), HIDDEN, WHOLE, or a number of bits;
+    whole tiles lie inside the score matrix. bits: int32 (numbers, TILE, TILE // 32), bit k of a word is key
+    k. visits_q: int32 (..., tiles of rows, 2 + tiles of keys): how many whole tiles and how many others each
+    row of tiles has, then these tiles' columns, in that order, ascending. visits_k: the same for columns.
+
+    Packed: the batch axis of q, k, v has size 1, and sequences lie one behind the other on the axis seqlen.
+    spans_q, spans_k: int32 (sequences, 2), dense: where each starts and stops; inside, ascending, disjoint.
+    The other tensors count entries, rows and keys by sequence and from its start, but for ranges,
+    (1, 2 or 4, all rows), whose values alone are counted from the sequence's start.
     """
 
     q: Tensor
@@ -71,7 +90,14 @@ class Inputs(NamedTuple):
     slopes: Tensor | None = None
     table: Tensor | None = None
     mask: Tensor | None = None
+    ranges: Tensor | None = None
+    tiles: Tensor | None = None
+    bits: Tensor | None = None
+    visits_q: Tensor | None = None
+    visits_k: Tensor | None = None
     key_lengths: Tensor | None = None
+    spans_q: Tensor | None = None
+    spans_k: Tensor | None = None
     seed: Tensor | None = None
 
 
@@ -81,7 +107,9 @@ class AttentionSpec(NamedTuple):
     A query at position p sees keys p - left ... p + right, both ends included; None = unbounded.
     The position of query i is i + (seqlen_k - seqlen_q), or i with `top_left`. Without `want_lse` nobody
     but a backward pass will read lse: 16-bit inputs may then leave it with errors far below their own.
-    bidirectional, max_distance: of the table, see `RelativeBias`.
+    bidirectional, max_distance: of the table, see `RelativeBias`. precise: backward's delta is the sum of
+    P·dP, not made from a rounded out. batch_invariant: the bits of an entry do not depend on the others.
+    first_entry: what dropout calls the first batch entry.
     """
 
     scale: float
@@ -94,6 +122,9 @@ class AttentionSpec(NamedTuple):
     want_lse: bool = True
     bidirectional: bool = True
     max_distance: int = 128
+    precise: bool = False
+    batch_invariant: bool = False
+    first_entry: int = 0
 
     def shift(self, seqlen_q: int, seqlen_k: int) -> int:
         """Position of query 0 on the axis of keys."""

@@ -59,7 +59,9 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
         if options["check"]:
             _check_lengths(key_lengths, seqlen_k)
         key_lengths = key_lengths.clamp(0, seqlen_k).to(torch.int32).expand(batch).contiguous()
-    return Inputs(q, k, v, bias, sinks, slopes, table, mask, key_lengths, _make_seed(q, options))
+    return Inputs(
+        q, k, v, bias, sinks, slopes, table, mask, key_lengths=key_lengths, seed=_make_seed(q, options)
+    )
 
 
 def make_spec(
@@ -94,7 +96,16 @@ def make_spec(
         tf32,
         want_lse,
         *_table_of(options["bias"]),
+        as_bool("precise", options["precise"]),
+        _is_batch_invariant(options["deterministic"]),
     )
+
+
+def _is_batch_invariant(deterministic: bool | str | None) -> bool:
+    """Every implementation gives the same bits on every run, so that True and None ask for nothing more."""
+    if not (deterministic is None or isinstance(deterministic, bool) or deterministic == "batch"):
+        raise ValueError(f'deterministic must be None, True, False or "batch", got {deterministic!r}')
+    return deterministic == "batch"
 
 
 def _table_of(biases: Biases) -> tuple[bool, int]:

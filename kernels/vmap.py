@@ -16,13 +16,15 @@ def folded(
     """Fold the mapped axis into the batch; `first` is where the tensors of Inputs start.
 
     With a bias of any kind or sinks (their gradients are sums over the batch of one example) or dropout (its
-    bits depend on the batch index within one example) the examples run one after the other.
+    bits depend on the batch index within one example), and where tensors have no batch axis, the examples run
+    one after the other.
     """
     size = info.batch_size
     inputs = Inputs(*args[first : first + len(Inputs._fields)])
     n_tensors = first + len(Inputs._fields)
     flat_dims = [*in_dims[:n_tensors]]
-    if any(x is not None for x in (inputs.bias, inputs.sinks, inputs.slopes, inputs.table, inputs.seed)):
+    apart = (*inputs[3:7], inputs.tiles, inputs.spans_q, inputs.seed)
+    if any(x is not None for x in apart):
         runs = [
             operator(
                 *(

@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .biases import distances, looked_up
 from .functional import prepare, with_options
-from .masks import block_of, visible
 from .philox import keep_mask
 from .spec import AttentionOptions, AttentionSpec, Inputs
 from .validation import check_tensor
+from .visibility import block_of, visible
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

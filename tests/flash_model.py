@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from undivided.conformance.cases import Problem
-from undivided.kernels.masks import visible
 from undivided.kernels.philox import keep_mask
 from undivided.kernels.sinks import lse_of_empty_rows
 from undivided.kernels.spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs
+from undivided.kernels.visibility import visible
 
 
 class Flash:

@@ -15,7 +15,7 @@ from torch import Tensor
 import undivided
 from undivided import attention, explain, scaled_dot_product_attention
 from undivided.__main__ import main
-from undivided.kernels import dispatch, evidence, functional, masks, ops, spec
+from undivided.kernels import dispatch, evidence, functional, ops, spec, visibility
 from undivided.kernels.spec import AttentionSpec, Inputs
 
 NAN, INF = float("nan"), float("inf")
@@ -362,9 +362,9 @@ def test_visible_scores_counts_what_the_element_mask_shows() -> None:
                 for top_left in (False, True):
                     s = AttentionSpec(1.0, left, right, top_left)
                     q, k = zeros(1, 1, seqlen_q, 1), zeros(1, 1, seqlen_k, 1)
-                    ok = masks.visible(Inputs(q, k, k), s)
+                    ok = visibility.visible(Inputs(q, k, k), s)
                     count = seqlen_q * seqlen_k if ok is None else int(ok.sum())
-                    assert masks.visible_scores(s, seqlen_q, seqlen_k) == count
+                    assert visibility.visible_scores(s, seqlen_q, seqlen_k) == count
 
 
 class TestScaledDotProductAttention:

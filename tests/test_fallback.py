@@ -23,8 +23,8 @@ from undivided.conformance.oracle import Results, solve
 from undivided.conformance.target import EVERYTHING, Target, target
 from undivided.kernels import fallback, fallback_blocks, functional
 from undivided.kernels.fallback_plan import Limits, plan
-from undivided.kernels.masks import visible
 from undivided.kernels.spec import AttentionOptions, AttentionSpec, Inputs
+from undivided.kernels.visibility import visible
 
 SIDE = st.none() | st.integers(0, 25)
 CPU = torch.device("cpu")

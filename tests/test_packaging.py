@@ -26,10 +26,12 @@ FOLDERS = {
     "conformance": {"kernels"},
     "bench": {"", "conformance", "kernels", "extras"},
 }
-EVERYWHERE = {"spec", "masks", "philox", "sinks", "biases", "tracing"}
+EVERYWHERE = {"spec", "visibility", "philox", "sinks", "biases", "tracing"}
 KERNELS = {
     "spec": set(),
-    "masks": set(),
+    "visibility": set(),
+    "masks": {"validation"},
+    "packed": set(),
     "philox": set(),
     "sinks": set(),
     "validation": set(),
@@ -37,16 +39,16 @@ KERNELS = {
     "biases": set(),
     "tracing": set(),
     "evidence": set(),
-    "reference": set(),
+    "reference": {"packed"},
     "flops": set(),
     "vmap": set(),
-    "fallback": {"fallback_band", "fallback_blocks", "fallback_plan", "merge"},
+    "fallback": {"fallback_band", "fallback_blocks", "fallback_plan", "merge", "packed"},
     "fallback_blocks": {"fallback_plan"},
     "fallback_band": {"fallback_plan"},
     "fallback_plan": set(),
     "ops": {"evidence", "flops", "vmap"},  # the implementations are imported when first called, by name
     "dispatch": {"ops", "reference", "evidence"},
-    "functional": {"dispatch", "validation"},
+    "functional": {"dispatch", "masks", "packed", "validation"},
     "weights": {"functional", "validation"},
     "explain": {"functional", "validation", "dispatch", "evidence", "flops"},
     "call_flags": set(),

@@ -14,7 +14,7 @@ from undivided.conformance.budget import assert_within_budget
 from undivided.conformance.cases import Case, Extra, Problem
 from undivided.conformance.evaluation import evaluate, expected
 from undivided.conformance.oracle import Results
-from undivided.kernels.masks import visible
+from undivided.kernels.visibility import visible
 
 IMPLEMENTATIONS = ["reference", "fallback", "triton"]
 HALF = torch.float16

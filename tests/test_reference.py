@@ -12,8 +12,8 @@ from torch import Tensor
 
 from undivided.conformance.cases import OPTIONS, Case, Extra
 from undivided.kernels import reference
-from undivided.kernels.masks import key_bounds, visible
 from undivided.kernels.spec import AttentionSpec, Inputs
+from undivided.kernels.visibility import key_bounds, visible
 
 
 def compare_with_pytorch(case: Case, mask: Tensor | None = None, **options: object) -> None:

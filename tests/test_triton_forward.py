@@ -23,12 +23,12 @@ import triton.language as tl
 from undivided.conformance.budget import assert_within_budget
 from undivided.conformance.oracle import Results, solve
 from undivided.kernels import philox
-from undivided.kernels.masks import visible
 from undivided.kernels.spec import AttentionSpec, Inputs
 from undivided.kernels.triton import softmax, visibility
 from undivided.kernels.triton.config import TABLE, TileConfig, tile_config
 from undivided.kernels.triton.forward import attention_forward
 from undivided.kernels.triton.launch import dropped_bits
+from undivided.kernels.visibility import visible
 
 SMALL = TileConfig(16, 32, num_warps=4, num_stages=1)
 WIDE = TileConfig(32, 16, num_warps=4, num_stages=1)

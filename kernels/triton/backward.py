@@ -120,7 +120,8 @@ def backward_launches(
     dsinks is a sum over delta, and has no launch. With meta tensors and a config for every kernel: launches
     to compile only.
     """
-    q, k, v, bias, _, slopes, _, mask, key_lengths, _ = inputs
+    q, k, v, bias, _, slopes, _, mask = inputs[:8]
+    key_lengths = inputs.key_lengths
     batch, heads_q, seqlen_q, head_dim = q.shape
     heads_kv, seqlen_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     dq, dk, dv = (like(x, x.shape[3]) if need else None for x, need in zip(inputs[:3], needs))

@@ -233,7 +233,8 @@ def forward_launch(
     config: TileConfig | None = None,
 ) -> Launch:
     """The launch that fills out and lse; with meta tensors and a config, one to compile only."""
-    q, k, v, bias, sinks, slopes, _, mask, key_lengths, _ = inputs
+    q, k, v, bias, sinks, slopes, _, mask = inputs[:8]
+    key_lengths = inputs.key_lengths
     batch, heads_q, seqlen_q, head_dim = q.shape
     heads_kv, seqlen_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     if config is None:

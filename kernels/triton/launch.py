@@ -11,9 +11,9 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 from triton.runtime.jit import JITFunction
 
-from ..masks import key_bounds
 from ..philox import drop_threshold
 from ..spec import AttentionSpec, Inputs
+from ..visibility import key_bounds
 from .config import TileConfig, architecture
 
 Strides = tuple[int | None, ...]

@@ -1,6 +1,6 @@
 """Who sees whom: the intervals of tiles a program visits, and the mask of elements inside an edge tile.
 
-The twin of `kernels/masks.py` for kernels. Conventions: `tiles`.
+The twin of `kernels/visibility.py` for kernels. Conventions: `tiles`.
 """
 
 import triton

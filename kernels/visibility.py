@@ -1,7 +1,8 @@
 """Which keys a query may see.
 
 Visibility is an interval: query row i sees keys [lo, hi). Causal and window give it by arithmetic,
-`key_lengths` cuts hi. A boolean mask comes on top, element by element. Everybody who has to know,
+`key_lengths` cuts hi, and mask objects bring intervals of their own, or tiles. A boolean mask comes on top,
+element by element. Everybody who has to know,
 in PyTorch, asks here; `triton/visibility.py` holds the twins for kernels.
 """
 
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from .spec import TILE, WHOLE
 
 if TYPE_CHECKING:
     from .spec import AttentionSpec, Inputs
@@ -63,6 +66,11 @@ def visible(
         parts.append(col < inputs.key_lengths[:, None, None, None])
     if inputs.mask is not None:
         parts.append(block_of(inputs.mask, rows, cols))
+    if inputs.ranges is not None:
+        parts.append(_within_ranges(inputs.ranges[:, :, rows], col))
+    if inputs.tiles is not None:
+        row = position[:, 0] - spec.shift(inputs.q.shape[2], inputs.k.shape[2])
+        parts.append(_of_tiles(inputs, row, col))
     return _all(parts)
 
 
@@ -74,6 +82,33 @@ def within(spec: AttentionSpec, position: Tensor, col: Tensor) -> Tensor | None:
             None if spec.right is None else col <= position + spec.right,
         ]
     )
+
+
+def _within_ranges(ranges: Tensor, col: Tensor) -> Tensor:
+    """[1 or batch, 1, rows, cols] from `Inputs.ranges` of the rows."""
+    bounds = ranges[:, :, None, :, None].unbind(1)  # [1 or batch, 1, rows, 1]
+    shown = [(col >= lo) & (col < hi) for lo, hi in zip(bounds[::2], bounds[1::2], strict=True)]
+    return functools.reduce(torch.logical_or, shown)
+
+
+def _of_tiles(inputs: Inputs, row: Tensor, col: Tensor) -> Tensor:
+    """[1 or batch, 1 or heads_q, rows, cols] from `Inputs.tiles` and `Inputs.bits`; row, col: numbers."""
+    assert inputs.tiles is not None
+    assert inputs.bits is not None
+    number = inputs.tiles[:, :, row // TILE][..., col // TILE]
+    word = inputs.bits[number.clamp_min(0), (row % TILE)[:, None], col % TILE // 32]
+    return (number == WHOLE) | ((number >= 0) & (word >> (col % 32) & 1).bool())
+
+
+def owners(spans: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each place on a packed axis: (sequence, place in the sequence, whether any sequence owns it).
+
+    spans: `Inputs.spans_q` or `spans_k`. What nobody owns has a sequence and a place that are merely valid.
+    """
+    place = torch.arange(total, dtype=torch.int32, device=spans.device)
+    sequence = (torch.searchsorted(spans[:, 0].contiguous(), place, right=True) - 1).clamp_min(0)
+    start, stop = spans[sequence].unbind(1)
+    return sequence, (place - start).clamp_min(0), (place >= start) & (place < stop)
 
 
 def _all(parts: list[Tensor | None]) -> Tensor | None:
