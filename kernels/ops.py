@@ -22,10 +22,10 @@ from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
 from . import evidence, flops
+from .library import CALL, NAMESPACE, below_autograd, define
 from .spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs, Needs, like
 from .vmap import folded
 
-NAMESPACE = "undivided"
 N_INPUTS, N_SPEC = len(Inputs._fields), len(AttentionSpec._fields)
 
 # Modules that offer attention_forward and attention_backward, in the order in which they are tried.
@@ -33,15 +33,6 @@ _CHAINS = {
     "fallback": ("fallback",),
     "triton": ("triton",),
     "auto": ("triton", "fallback"),
-}
-_SCHEMA_TYPES = {
-    "Tensor": "Tensor",
-    "Tensor | None": "Tensor?",
-    "float": "float",
-    "float | None": "float?",
-    "int": "SymInt",
-    "int | None": "SymInt?",
-    "bool": "bool",
 }
 
 
@@ -187,17 +178,13 @@ def _gradients(
     return (*wanted, *(None,) * (N_INPUTS - N_GRADIENTS + 2))
 
 
-# As PyTorch's own kernels: above it, a result that is a transposed view refuses to be edited in place.
-_below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
-
-
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     """Body of undivided::forward."""
     return _compute(Inputs(*args[:N_INPUTS]), AttentionSpec(*args[N_INPUTS:-1]), args[-1])
 
 
 def _compute(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]:
-    with _below_autograd():
+    with below_autograd():
         if _is_empty(inputs):
             out, lse = _allocate_forward(*inputs)
             return out.zero_(), lse.fill_(-torch.inf)
@@ -210,7 +197,7 @@ def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args
     """Body of undivided::backward. A gradient nobody needs is an empty tensor."""
     *rest, impl, needs = args
     inputs, spec = Inputs(*rest[:N_INPUTS]), AttentionSpec(*rest[N_INPUTS:])
-    with _below_autograd(), torch.autocast(dout.device.type, enabled=False):
+    with below_autograd(), torch.autocast(dout.device.type, enabled=False):
         if _is_empty(inputs):
             return tuple(g.zero_() for g in _allocate_backward(dout, dlse, out, lse, *args))
         grads: Gradients = _first_that_compiles(
@@ -295,35 +282,14 @@ def _fold_vmap_backward(
     return folded(_backward_op, 4, info, in_dims, args)
 
 
-def _schema(types: type[Inputs] | type[AttentionSpec]) -> str:
-    annotations = {name: str(getattr(t, "__forward_arg__", t)) for name, t in types.__annotations__.items()}
-    return ", ".join(f"{_SCHEMA_TYPES[t]} {name}" for name, t in annotations.items())
-
-
-_ARGUMENTS = f"{_schema(Inputs)}, {_schema(AttentionSpec)}, str impl"
-_library = torch.library.Library(NAMESPACE, "DEF")
-for _name, _signature, _body, _fake, _vmap_rule in (
-    (
-        "forward",
-        f"({_ARGUMENTS}) -> (Tensor, Tensor)",
-        _forward,
-        _allocate_forward,
-        _fold_vmap,
-    ),
-    (
-        "backward",
-        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARGUMENTS}, bool[{N_GRADIENTS}] needs)"
-        f" -> ({', '.join(['Tensor'] * N_GRADIENTS)})",
-        _backward,
-        _allocate_backward,
-        _fold_vmap_backward,
-    ),
-):
-    _qualified = f"{NAMESPACE}::{_name}"
-    _library.define(_name + _signature, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _body, "CompositeExplicitAutograd")
-    torch.library.register_fake(_qualified, _fake, lib=_library)
-    torch.library.register_vmap(_qualified, _vmap_rule, lib=_library)
-
-_operators = getattr(torch.ops, NAMESPACE)
-_forward_op, _backward_op = _operators.forward.default, _operators.backward.default
+_forward_op = define(
+    "forward", f"({CALL}, str impl) -> (Tensor, Tensor)", _forward, _allocate_forward, _fold_vmap
+)
+_backward_op = define(
+    "backward",
+    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {CALL}, str impl, bool[{N_GRADIENTS}] needs)"
+    f" -> ({', '.join(['Tensor'] * N_GRADIENTS)})",
+    _backward,
+    _allocate_backward,
+    _fold_vmap_backward,
+)

@@ -42,11 +42,13 @@ KERNELS = {
     "reference": {"packed"},
     "flops": set(),
     "vmap": set(),
+    "library": set(),
     "fallback": {"fallback_band", "fallback_blocks", "fallback_plan", "merge", "packed"},
     "fallback_blocks": {"fallback_plan"},
     "fallback_band": {"fallback_plan"},
     "fallback_plan": set(),
-    "ops": {"evidence", "flops", "vmap"},  # the implementations are imported when first called, by name
+    # the implementations are imported when first called, by name
+    "ops": {"evidence", "flops", "library", "vmap"},
     "dispatch": {"ops", "reference", "evidence"},
     "functional": {"dispatch", "masks", "packed", "validation"},
     "weights": {"functional", "validation"},
