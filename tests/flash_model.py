@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from undivided.conformance.cases import Problem
+from undivided.kernels.biases import _buckets
 from undivided.kernels.philox import keep_mask
 from undivided.kernels.sinks import lse_of_empty_rows
 from undivided.kernels.spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs
@@ -78,7 +79,8 @@ class Flash:
         if inputs.slopes is not None:
             moved = self.gradient_of_distances(ds, self.distances(inputs, spec))
             dslopes = moved.sum((2, 3)).sum_to_size(inputs.slopes.shape)
-        return Gradients(dq, dk, dv, dbias, dsinks, dslopes, None)
+        dtable = None if inputs.table is None else self.gradient_of_table(ds, inputs, spec)
+        return Gradients(dq, dk, dv, dbias, dsinks, dslopes, dtable)
 
     def operands(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v in float32, with what nobody sees cleared, and who sees whom; all per query head."""
@@ -112,6 +114,8 @@ class Flash:
             scores = scores + inputs.bias.float()
         if inputs.slopes is not None:
             scores = scores - inputs.slopes.float()[..., None, None] * self.distances(inputs, spec)
+        if inputs.table is not None:
+            scores = scores + self.read_table(inputs.table.float())[:, self.buckets(inputs, spec)]
         return scores, slope
 
     def distances(self, inputs: Inputs, spec: AttentionSpec) -> Tensor:
@@ -119,6 +123,16 @@ class Flash:
         rows, cols = inputs.q.shape[2], inputs.k.shape[2]
         shift = 0 if spec.top_left else cols - rows
         return (torch.arange(rows)[:, None] + shift - torch.arange(cols)).abs().to(inputs.q.device)
+
+    def read_table(self, table: Tensor) -> Tensor:
+        """[heads, buckets]."""
+        return table.T
+
+    def buckets(self, inputs: Inputs, spec: AttentionSpec) -> Tensor:
+        """Row of the table for each score, [rows, keys]."""
+        rows, cols = inputs.q.shape[2], inputs.k.shape[2]
+        ahead = torch.arange(cols) - torch.arange(rows)[:, None] - spec.shift(rows, cols)
+        return _buckets(ahead.to(inputs.q.device), inputs.table.shape[0], spec)
 
     def survives(
         self, inputs: Inputs, spec: AttentionSpec, shape: torch.Size, backward: bool = False
@@ -155,6 +169,10 @@ class Flash:
 
     def gradient_of_distances(self, ds: Tensor, distances: Tensor) -> Tensor:
         return -ds * distances
+
+    def gradient_of_table(self, ds: Tensor, inputs: Inputs, spec: AttentionSpec) -> Tensor:
+        rows = self.buckets(inputs, spec).flatten()
+        return torch.zeros_like(inputs.table, dtype=torch.float32).index_add(0, rows, ds.sum(0).flatten(1).T)
 
     def gradient_of_sinks(self, shares: Tensor, delta: Tensor) -> Tensor:
         return -(shares * delta).sum((0, 2, 3))

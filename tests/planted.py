@@ -160,6 +160,36 @@ class SlopeGradientNegated(Flash):
         return ds * distances
 
 
+class RelativePositionsNegated(Flash):
+    def buckets(self, inputs: Inputs, spec: AttentionSpec) -> Tensor:
+        before, after = super().buckets(inputs, spec), inputs.table.shape[0] // 2
+        return torch.where(before == 0, 0, (before + after) % inputs.table.shape[0])
+
+
+class RelativeBiasOneSided(Flash):
+    def buckets(self, inputs: Inputs, spec: AttentionSpec) -> Tensor:
+        return super().buckets(inputs, spec._replace(bidirectional=False))
+
+
+class BucketOffByOne(Flash):
+    def buckets(self, inputs: Inputs, spec: AttentionSpec) -> Tensor:
+        return (super().buckets(inputs, spec) + 1).clamp_max(inputs.table.shape[0] - 1)
+
+
+class TableTransposed(Flash):
+    def read_table(self, table: Tensor) -> Tensor:
+        return table.reshape(table.shape[::-1])
+
+
+class TableGradientOverwritten(Flash):
+    def gradient_of_table(self, ds: Tensor, inputs: Inputs, spec: AttentionSpec) -> Tensor:
+        rows = self.buckets(inputs, spec).flatten().tolist()
+        dtable = torch.zeros_like(inputs.table, dtype=torch.float32)
+        for row, of_score in zip(rows, ds[-1].flatten(1).T):
+            dtable[row] = of_score
+        return dtable
+
+
 class SinkMissingFromLse(Flash):
     def lse_with_sinks(self, lse: Tensor, total: Tensor) -> Tensor:
         return lse
@@ -252,6 +282,7 @@ SOFTCAP = Case("softcap", softcap=2.0)
 DROPOUT = Case("dropout", dropout_p=0.3)
 SINKS = Case("sinks", sinks=True)
 ALIBI = Case("alibi", alibi="h")
+RELATIVE = Case("relative", relative=(8, True))
 EMPTY_ROWS = Case("empty rows", mask=Extra("empty_rows", "qk"))
 LENGTHS = Case("lengths", batch=2, key_lengths=(21, 4))
 
@@ -291,6 +322,17 @@ BUGS = {
     "ALiBi's gradient negated": Bug(
         SlopeGradientNegated(), ALIBI, "the gradient of ALiBi's slopes: of the wrong sign"
     ),
+    "relative positions negated": Bug(
+        RelativePositionsNegated(), RELATIVE, "the bucket of p - key: before and after are swapped"
+    ),
+    "relative bias of one side": Bug(RelativeBiasOneSided(), RELATIVE, "bidirectional is ignored"),
+    "bucket off by one": Bug(BucketOffByOne(), RELATIVE, "the next bucket: one too high"),
+    "table of buckets transposed": Bug(
+        TableTransposed(), RELATIVE, "a table read with heads and buckets mixed"
+    ),
+    "table's gradient overwritten": Bug(
+        TableGradientOverwritten(), RELATIVE, "of one score in each bucket: the others are overwritten"
+    ),
     "sink missing from lse": Bug(SinkMissingFromLse(), SINKS, "lse with a sink: does not include it"),
     "sink gradient ignored": Bug(SinkGradientIgnored(), SINKS, "the gradient of a sink: zero"),
     "NaN on empty rows": Bug(NanOnEmptyRows(), EMPTY_ROWS, "out NaN"),
@@ -329,7 +371,7 @@ def planted(bug: str | None = None) -> Target:
     """The kernel as a target that claims everything; without a bug the correct one."""
     kernel = BUGS[bug].kernel if bug else Flash()
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    return Target(bug or "flash model", kernel, replace(EVERYTHING, dtypes=dtypes, relative_bias=False))
+    return Target(bug or "flash model", kernel, replace(EVERYTHING, dtypes=dtypes))
 
 
 def flash_model(problem: Problem, bug: str | None = None) -> Results:

@@ -13,10 +13,10 @@ import torch
 from ..guard import RAISABLE, WrongAnswerError, first_line, guarded, told
 from ..target import Target
 from ..verdict import HANGS, RAISED
-from . import alibi, dropout, edges, gradients, lse, sinks, softmax, visibility
+from . import alibi, dropout, edges, gradients, lse, relative_bias, sinks, softmax, visibility
 from .subject import Probe, Subject
 
-_ROOMS = (visibility, softmax, lse, edges, gradients, sinks, alibi, dropout)
+_ROOMS = (visibility, softmax, lse, edges, gradients, sinks, alibi, relative_bias, dropout)
 
 
 class Observation(NamedTuple):
