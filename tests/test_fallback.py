@@ -21,7 +21,7 @@ from undivided.conformance.distributions import DISTRIBUTIONS
 from undivided.conformance.evaluation import evaluate, expected
 from undivided.conformance.oracle import Results, solve
 from undivided.conformance.target import EVERYTHING, Target, target
-from undivided.kernels import fallback, fallback_blocks, functional
+from undivided.kernels import fallback_blocks, fallback_problems, functional
 from undivided.kernels.fallback_plan import Limits, plan
 from undivided.kernels.spec import AttentionOptions, AttentionSpec, Inputs
 from undivided.kernels.visibility import visible
@@ -117,7 +117,7 @@ def test_many_small_blocks(
 def test_lengths_as_a_mask(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other devices cannot read key_lengths without waiting: they mask, and hidden keys stay harmless."""
     monkeypatch.setattr(
-        fallback, "_by_length", lambda inputs: iter([(slice(None), inputs, inputs.k.shape[2])])
+        fallback_problems, "_by_length", lambda inputs: iter([(slice(None), inputs, inputs.k.shape[2])])
     )
     if engine == "matmul":
         monkeypatch.setattr(fallback_blocks.FlashEngine, "takes", lambda inputs, spec: False)
