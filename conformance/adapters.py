@@ -36,7 +36,7 @@ def ours(impl: str) -> Target:
     claims = replace(EVERYTHING, dtypes=_dtypes(impl), arithmetic=ARITHMETIC[impl])
     if impl == "triton":
         # The interpreter truncates where it stores bfloat16: the gradient of such a bias beside others.
-        claims = replace(claims, relative_bias=False, any_bias_dtype=torch.cuda.is_available())
+        claims = replace(claims, relative_bias=False, precise=False, any_bias_dtype=torch.cuda.is_available())
     return Target(f"undivided {impl}", attend, claims)
 
 

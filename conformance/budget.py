@@ -21,7 +21,8 @@ ROUNDINGS: dict[Arithmetic, float] = {"kernel": 2.0, "wide": 1.0}
 """C in 16 bits, an a-priori bound to first order (Higham 2002, section 3.1): the number of roundings to
 16 bits between the inputs and any result. In a kernel those are of P, then out; of P, then dv; of dS,
 then dq or dk; and delta inherits the two of out, weighted by A. It does not rely on errors that cancel
-over many channels: with one value channel, or one that outweighs the others, nothing cancels."""
+over many channels: with one value channel, or one that outweighs the others, nothing cancels.
+`precise` changes no C, only what it multiplies: delta inherits nothing, so A leaves cond (`oracle.solve`)."""
 
 FULL_PRECISION = {
     "out": 4.0,

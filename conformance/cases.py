@@ -58,6 +58,7 @@ class Case:
     alibi: str = ""
     relative: tuple[int, bool] | None = None
     dropout_p: float = 0.0
+    precise: bool = False
     scale: float | None = None
     layout: str = "bhsd"
     distribution: str = "randn"
@@ -82,6 +83,7 @@ class Case:
 
         options: AttentionOptions = {"causal": self.causal, "window": self.window, "softcap": self.softcap}
         options |= {"scale": self.scale, "dropout_p": self.dropout_p, "seed": 2**40 + seed}
+        options |= {"precise": self.precise}
         if self.key_lengths is not None:
             lengths = list(itertools.islice(itertools.cycle(self.key_lengths), self.batch))
             options["key_lengths"] = torch.tensor(lengths, dtype=torch.int32, device=device)
@@ -272,6 +274,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "alibi": {"alibi": "h"},
     "relative": {"relative": (8, True)},
     "dropout": {"dropout_p": 0.3},
+    "precise": {"precise": True, "distribution": "mean_v"},
     "scale": {"scale": -0.4},
     "gqa": {"heads_q": 4},
     "rectangular": {"seqlen_k": 50},
@@ -335,6 +338,7 @@ def _numbers() -> list[Case]:
     options += [Case("sinks, rows without keys", sinks=True, seqlen_q=50, seqlen_k=20, causal=True, batch=2)]
     kinds = ["uniform", "peaky", "tiny", "mean_v", "ones_v", "low_rank", "outlier_channel"]
     numbers = [Case(f"{kind} numbers", distribution=kind, head_dim=64, seqlen_k=65) for kind in kinds]
+    numbers += [replace(case, name=f"precise {case.name}", precise=True) for case in numbers]
     layouts = [Case(f"layout {x}", layout=x, batch=2, heads_q=4, seqlen_q=17) for x in LAYOUTS if x != "bhsd"]
     layouts += [Case(f"causal layout {x}", layout=x, causal=True) for x in ("bshd", "expanded_heads")]
     return bias + options + numbers + layouts

@@ -74,6 +74,10 @@ def solve(
     enters as it is, except that the subtraction leaves an error of the accumulation's roundoff
     however small the difference: c = 1 - t² + t²·u(accumulation)/u.
 
+    In 16 bits A and |dlse| stand for a delta made from a rounded out. With `precise` no rounding to 16 bits
+    reaches delta, only errors of the accumulation do: both leave T in cond, and in score_cond, which keeps
+    them, a row weighs 1 more.
+
     A row's weight in score_cond is |lse| + max_j c·|scale|·Σ|q||k| + |softcap·t| + |bias| over the
     keys that have p > 0: times the accumulation's roundoff, what the exponent of p = exp(s - lse) may
     be wrong by.
@@ -128,22 +132,28 @@ def solve(
         )
 
     loose = (dout * (kept @ v)).sum(-1, keepdim=True) + dlse.abs()
-    terms = ds.abs() + p * torch.where(alive, loose, 0.0)
+    tight, tight_at_sinks = ds.abs(), at_sinks
+    terms = tight + p * torch.where(alive, loose, 0.0)
     weight_of_sinks = weight
     if exact.sinks is not None:
         assert at_sinks is not None
         at_sinks = at_sinks + share * loose
         weight_of_sinks = weight + exact.sinks.abs()[:, None, None]
-    scaled = abs(spec.scale) * slope * terms
+    scale_of = abs(spec.scale) * slope
     visited, survived = (p > 0).double(), torch.where(p > 0, kept / p, 0.0)
+    is_precise = spec.precise and ROUNDOFF[dtype] > ACCUMULATION_ROUNDOFF[dtype]
+    of_delta = float(is_precise)
+    cond = sums(kept, scale_of * terms, terms, at_sinks)
+    if is_precise:
+        cond = sums(kept, scale_of * tight, tight, tight_at_sinks)
     return Oracle(
         value,
-        cond=sums(kept, scaled, terms, at_sinks)._replace(lse=torch.ones_like(weight[..., 0])),
+        cond=cond._replace(lse=torch.ones_like(weight[..., 0])),
         score_cond=sums(
             weight * kept,
-            weight * scaled,
-            weight * terms,
-            None if at_sinks is None else weight_of_sinks * at_sinks,
+            (weight + of_delta) * scale_of * terms,
+            (weight + of_delta) * terms,
+            None if at_sinks is None else (weight_of_sinks + of_delta) * at_sinks,
         )._replace(lse=weight_of_sinks[..., 0]),
         # whether the scale comes before or after the rounding of dS is the implementation's business
         underflow=sums(

@@ -29,8 +29,8 @@ class Capabilities:
     need not be contiguous. mask_and_causal: both in one call, ANDed. lse: it returns one; lse_gradient:
     which is differentiable. dropout: with an int seed; the elements it drops are those of this package
     (`same_dropout`) or its own. empty: sizes of 0. any_bias_dtype: bias may have another float dtype than
-    q. deterministic: the same call gives the same bits. compiles: it can be traced, with fake tensors too.
-    arithmetic: see `budget`.
+    q. precise: if asked, no rounding of out reaches backward's delta. deterministic: the same call gives the
+    same bits. compiles: it can be traced, with fake tensors too. arithmetic: see `budget`.
     """
 
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
@@ -62,6 +62,7 @@ class Capabilities:
     relative_bias: bool = False
     dropout: bool = False
     same_dropout: bool = False
+    precise: bool = False
     lse: bool = False
     lse_gradient: bool = False
     deterministic: bool = True
@@ -139,6 +140,7 @@ class Target:
             "alibi": claims.alibi or not case.alibi,
             "relative_bias": claims.relative_bias or case.relative is None,
             "dropout": claims.same_dropout or case.dropout_p == 0.0,
+            "precise": claims.precise or not case.precise,
             "empty_rows": claims.empty_rows or not case.build(torch.float32).has_empty_rows(),
         }
         return next((name for name, met in needs.items() if not met), None)
@@ -148,8 +150,8 @@ def target(function: Callable[..., Any], name: str | None = None, **capabilities
     """A function `fn(q, k, v, **options) -> out or (out, lse)` with this package's names and layout.
 
     Only the options that a problem has are passed, out of `undivided.attention`'s: causal, window, mask,
-    key_lengths, bias, softcap, sinks, scale, dropout_p and seed. q, k, v: (batch, heads, seqlen, head_dim).
-    capabilities: fields of `Capabilities`.
+    key_lengths, bias, softcap, sinks, scale, dropout_p, seed and precise. q, k, v: (batch, heads, seqlen,
+    head_dim). capabilities: fields of `Capabilities`.
 
     Raises:
         TypeError: an unknown capability.
@@ -186,6 +188,7 @@ NEEDS = {
     "any_bias_dtype": ("bias",),
     "bias_gradient": ("bias", "backward"),
     "same_dropout": ("dropout",),
+    "precise": ("backward",),
     "lse_gradient": ("lse", "backward"),
 }
 """Claims that say nothing without others."""

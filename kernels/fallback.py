@@ -65,9 +65,12 @@ def attention_backward(
     """Gradients of out and lse, as far as `needs` asks; deterministic.
 
     Each block gives its exact share, because lse and out are those of the whole row; the shares are
-    summed in float32 or wider and rounded once.
+    summed in float32 or wider and rounded once. With `precise` they are those of one more forward pass where
+    the saved ones are rounded: seven products instead of five.
     """
     spec = spec._replace(want_lse=True)  # nothing is narrow in backward
+    if spec.precise and inputs.q.element_size() == 2:
+        out, lse = _unrounded(inputs, spec)
     q, k, v, bias = inputs[:4]
     dsinks = None
     if inputs.sinks is not None and needs.dsinks:
@@ -135,6 +138,16 @@ def attention_backward(
         None if dslopes is None or inputs.slopes is None else dslopes.to(inputs.slopes.dtype),
         None if dtable is None or inputs.table is None else dtable.to(inputs.table.dtype),
     )
+
+
+def _unrounded(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """(out, lse) in float32 of 16-bit inputs.
+
+    rowsum(dout·out) is Σ P·dP summed in another order, and as exact where out is. Summing P·dP itself would
+    cost the same two products, and would hand the errors of an lse of few digits on to delta.
+    """
+    q, k, v = (x.float() for x in inputs[:3])
+    return attention_forward(inputs._replace(q=q, k=k, v=v), spec)
 
 
 def _whole_block(inputs: Inputs, spec: AttentionSpec, engine: Engine) -> Block | None:

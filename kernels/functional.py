@@ -89,8 +89,8 @@ def attention(
         seed: int or int64 tensor that decides which are dropped; drawn from PyTorch's generator if None.
         deterministic: the same call gives the same bits, whatever is asked; "batch": what a batch entry gives
             does not depend on which other entries there are.
-        precise: for 16-bit inputs, backward makes its delta from P·dP in float32 and not from the rounded out:
-            dq and dk keep their digits where values share a mean, for two more products.
+        precise: for 16-bit inputs, no rounding of out reaches backward's delta, rowsum(dout·out) = Σ P·dP:
+            dq and dk keep their digits where values share a mean, for seven products instead of five.
         check: also check values that live on the device (key_lengths); synchronises.
         impl: "auto", "reference", "fallback" or "triton". None: the environment variable UNDIVIDED_IMPL,
             else "auto", which never raises for valid input; an order that cannot be followed raises.

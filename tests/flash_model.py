@@ -38,7 +38,7 @@ class Flash:
         survives = self.survives(inputs, spec, seen.shape)
         peak = scores.new_full((*scores.shape[:3], 1), -torch.inf)
         total, out = torch.zeros_like(peak), q.new_zeros(*q.shape[:3], v.shape[3])
-        for cols in self.tiles(scores.shape[3]):
+        for cols in self.tiles(inputs):
             s, last_peak = scores[..., cols], peak
             peak = torch.maximum(peak, s.amax(-1, keepdim=True))
             level = peak.masked_fill(peak == -torch.inf, 0.0)
@@ -55,7 +55,7 @@ class Flash:
     def backward(
         self, dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, inputs: Inputs, spec: AttentionSpec
     ) -> Gradients:
-        """Probabilities rebuilt from lse, delta from the rounded out."""
+        """Probabilities rebuilt from lse."""
         q, k, v, seen = self.operands(inputs, spec)
         dead = (lse == -torch.inf)[..., None]
         dout, dlse = dout.float().masked_fill(dead, 0.0), dlse[..., None].masked_fill(dead, 0.0)
@@ -63,8 +63,9 @@ class Flash:
         hidden = ~self.seen_by_backward(seen) | dead
         p = torch.exp(scores - lse[..., None]).masked_fill(hidden, 0.0)
         survives = self.survives(inputs, spec, seen.shape, backward=True)
-        delta = (out.float() * dout).sum(-1, keepdim=True) - self.gradient_of_lse(dlse)
-        ds = p * (self.dropped(dout @ v.mT, survives) - delta)
+        dp = self.dropped(dout @ v.mT, survives)
+        delta = self.delta(p, dp, out.float(), dout, spec) - self.gradient_of_lse(dlse)
+        ds = p * (dp - delta)
         narrow = rounded(ds * slope, inputs)
         dq = spec.scale * (narrow @ k)
         dk = self.over_group(self.scale_of_dk(spec) * (narrow.mT @ q), inputs)
@@ -150,7 +151,12 @@ class Flash:
         """The gradient of each probability, before that of the softmax."""
         return dp * survives
 
-    def tiles(self, seqlen_k: int) -> list[slice]:
+    def delta(self, p: Tensor, dp: Tensor, out: Tensor, dout: Tensor, spec: AttentionSpec) -> Tensor:
+        """The mean of dP: from the rounded out, or in float32 throughout."""
+        return (p * dp if spec.precise else out * dout).sum(-1, keepdim=True)
+
+    def tiles(self, inputs: Inputs) -> list[slice]:
+        seqlen_k = inputs.k.shape[2]
         return [slice(start, start + self.tile) for start in range(0, seqlen_k, self.tile)]
 
     def shrink(self, last_peak: Tensor, peak: Tensor) -> Tensor:

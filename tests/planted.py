@@ -43,9 +43,9 @@ class MissingRescale(Flash):
 
 
 class LastTileDropped(Flash):
-    def tiles(self, seqlen_k: int) -> list[slice]:
-        whole = [cols for cols in super().tiles(seqlen_k) if cols.stop <= seqlen_k]
-        return whole or super().tiles(seqlen_k)
+    def tiles(self, inputs: Inputs) -> list[slice]:
+        whole = [cols for cols in super().tiles(inputs) if cols.stop <= inputs.k.shape[2]]
+        return whole or super().tiles(inputs)
 
 
 class PaddingCounted(Flash):
@@ -54,8 +54,8 @@ class PaddingCounted(Flash):
 
 
 class SumsInAnyOrder(Flash):
-    def tiles(self, seqlen_k: int) -> list[slice]:
-        tiles = super().tiles(seqlen_k)
+    def tiles(self, inputs: Inputs) -> list[slice]:
+        tiles = super().tiles(inputs)
         return [tiles[i] for i in torch.randperm(len(tiles))]
 
 
@@ -120,6 +120,11 @@ class HiddenValuesTimesZero(Flash):
     def operands(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q, k, _, seen = super().operands(inputs, spec)
         return q, k, self.per_query_head(self.load(inputs.v), inputs), seen
+
+
+class PreciseIgnored(Flash):
+    def delta(self, p: Tensor, dp: Tensor, out: Tensor, dout: Tensor, spec: AttentionSpec) -> Tensor:
+        return super().delta(p, dp, out, dout, spec._replace(precise=False))
 
 
 class MaskMissingInBackward(Flash):
@@ -281,6 +286,7 @@ GROUPED = Case("grouped", heads_q=4)
 SOFTCAP = Case("softcap", softcap=2.0)
 DROPOUT = Case("dropout", dropout_p=0.3)
 SINKS = Case("sinks", sinks=True)
+PRECISE = Case("precise", distribution="mean_v", head_dim=64, precise=True)
 ALIBI = Case("alibi", alibi="h")
 RELATIVE = Case("relative", relative=(8, True))
 EMPTY_ROWS = Case("empty rows", mask=Extra("empty_rows", "qk"))
@@ -312,6 +318,7 @@ BUGS = {
         HeadsInterleaved(), GROUPED, "interleaved: query heads 0, 2 share key head 0"
     ),
     "GQA gradient not reduced": Bug(GroupNotReduced(), GROUPED, "of only the first query head of its group"),
+    "precise ignored": Bug(PreciseIgnored(), PRECISE, "delta with precise is: made from the rounded out"),
     "lse unscaled": Bug(LseUnscaled(), PLAIN, "lse is: divided by the scale"),
     "lse in base 2": Bug(LseInBase2(), PLAIN, "lse is: in base 2"),
     "lse +inf on empty rows": Bug(EmptyRowsPlusInfinity(), EMPTY_ROWS, "out 0, lse +inf, gradients 0"),

@@ -27,11 +27,12 @@ SHAPES = [
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_correct_kernel_fits(distribution: str, dtype: torch.dtype) -> None:
-    """A budget so tight that rounding P, dS and out once breaks it."""
+@pytest.mark.parametrize("precise", [False, True], ids=["delta from out", "precise"])
+def test_a_correct_kernel_fits(distribution: str, dtype: torch.dtype, precise: bool) -> None:
+    """A budget so tight that rounding P, dS and out once breaks it; with precise P and dS."""
     for case in SHAPES:
         for seed in range(3):
-            problem = replace(case, distribution=distribution).build(dtype, seed=seed)
+            problem = replace(case, distribution=distribution, precise=precise).build(dtype, seed=seed)
             assert_within_budget(flash_model(problem), expected(problem), "kernel")
 
 

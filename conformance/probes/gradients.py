@@ -1,4 +1,4 @@
-"""What do gradients carry? The scale, softcap's slope, sums over a group's heads and over a bias's axes.
+"""What do gradients carry? The scale, softcap's slope, sums over heads and a bias's axes, out's rounding.
 
 Also which key head a query head reads, forward: the other half of grouped-query attention.
 """
@@ -19,6 +19,8 @@ from .subject import Probe, Subject, recognised
 SHARED = "query heads 0, 1 share key head 0; 2, 3 share key head 1"
 INTERLEAVED = "interleaved: query heads 0, 2 share key head 0; 1, 3 share key head 1"
 
+UNROUNDED = "the mean of dP, unrounded"
+
 
 def probes(subject: Subject) -> Iterator[Probe]:
     claims = subject.claims
@@ -35,6 +37,9 @@ def probes(subject: Subject) -> Iterator[Probe]:
         yield Probe(f"{name} is", "scaled once", partial(_scaled, subject, name))
     if claims.softcap:
         yield Probe("softcap in backward", "differentiated", partial(_softcap, subject))
+    narrow = [dtype for dtype in claims.dtypes if dtype.itemsize == 2]
+    if claims.precise and narrow:
+        yield Probe("delta with precise is", UNROUNDED, partial(_precise, subject, narrow[0]))
     if claims.bias_gradient:
         yield Probe(
             "the gradient of a bias that is shared", "summed over the axes it lacks", partial(_bias, subject)
@@ -105,6 +110,20 @@ def _softcap(subject: Subject) -> str:
     assert dk is not None
     words = {"differentiated": 1 - math.tanh(1) ** 2, "not differentiated": 1.0}
     return recognised(_second(dk), words)
+
+
+def _precise(subject: Subject, dtype: torch.dtype) -> str:
+    """Values 1 and the next number, of equal weight: out lies between them, and rounds to 1."""
+    eps = torch.finfo(dtype).eps
+    problem = subject.problem(2, 2, dtype=dtype, precise=True)
+    problem.q[..., 0] = 4
+    problem.v[..., 0] = 1
+    problem.v[:, :, 1, 0] += eps
+    problem.dout[..., 0] = 1
+    dk = subject.evaluate(problem).dk
+    assert dk is not None
+    found = dk[:, :, 0, 0].float() / (-2 * subject.scale * eps)
+    return recognised(found, {UNROUNDED: 1.0, "made from the rounded out": 0.0})
 
 
 def _bias(subject: Subject) -> str:
