@@ -163,7 +163,7 @@ def _call(candidate: Candidate, device: torch.device) -> Run:
         return lambda: attention_forward(inputs, spec, config)
     out, lse = problem.dout.clone(), problem.dlse.clone()
     if device.type == "cuda":
-        out, lse = attention_forward(inputs, spec)
+        out, lse, _ = attention_forward(inputs, spec)
     needs = Needs(dq=True) if candidate.kernel == "dq" else Needs(dk=True, dv=True)
     tiles: Any = {candidate.kernel: config}
     return lambda: attention_backward(problem.dout, None, out, lse, inputs, spec, needs, tiles)

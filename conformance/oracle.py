@@ -175,7 +175,7 @@ def _answer(inputs: Inputs, spec: AttentionSpec, dout: Tensor, dlse: Tensor) -> 
     """The reference and its gradients."""
     leaves = {name: x.requires_grad_() for name, x in zip(Gradients._fields, inputs) if x is not None}
     with torch.enable_grad():
-        out, lse = dispatch.run(inputs, spec, "reference")
+        out, lse, *_ = dispatch.run(inputs, spec, "reference")
     grads = torch.autograd.grad((out, lse), [*leaves.values()], (dout, dlse))
     for x in leaves.values():
         x.requires_grad_(False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .sinks import lse_of_empty_rows
-from .spec import IMPLEMENTATIONS, AttentionSpec, Inputs
+from .spec import IMPLEMENTATIONS, AttentionSpec, AttentionStats, Inputs
 from .tracing import constant_when_traced
 
 MAX_HEAD_DIM = 256
@@ -63,15 +63,17 @@ def choose(impl: str | None, inputs: Inputs, spec: AttentionSpec) -> str:
     return impl
 
 
-def run(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]:
-    """(out, lse) by what `choose` returned."""
+def run(inputs: Inputs, spec: AttentionSpec, impl: str) -> AttentionStats:
+    """out, lse and max_logit, if the spec wants it, by what `choose` returned."""
+    max_logit: Tensor | None
     if impl == "reference":
         out, lse = reference.attention(inputs, spec)
+        max_logit = reference.max_logit(inputs, spec) if spec.want_max else None
     else:
-        out, lse = ops.attention(inputs, spec, impl)
+        out, lse, max_logit = ops.attention(inputs, spec, impl)
     if inputs.sinks is not None and spec.want_lse:
         lse = lse_of_empty_rows(lse, inputs.sinks)
-    return out, lse
+    return AttentionStats(out, lse, max_logit if spec.want_max else None)
 
 
 @constant_when_traced

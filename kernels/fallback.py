@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .biases import distances, looked_up, summed_up
-from .fallback_blocks import Block, FlashEngine, MatmulEngine, RowGradients
+from .fallback_blocks import Block, FlashEngine, MatmulEngine, RowGradients, scores
 from .fallback_plan import Part, Strip
 from .fallback_problems import Engine, Problem, entries_of, problems
 from .fallback_runs import forward_run, runs_of
@@ -21,8 +21,14 @@ from .spec import AttentionSpec, Gradients, Inputs, Needs, like, seq_major
 from .visibility import block_of, visible
 
 
-def attention_forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """(out, lse) of validated inputs, as `reference.attention` defines them.
+def attention_forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(out, lse, max_logit) of validated inputs, as the reference defines them; None without `want_max`."""
+    out, lse = _out_and_lse(inputs, spec)
+    return out, lse, _max_logit(inputs, spec) if spec.want_max else None
+
+
+def _out_and_lse(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """By the engine that takes the call.
 
     16-bit inputs are computed in float32 and rounded once, except where `FlashEngine.stays_narrow`: there
     P is rounded too, and lse is good for a backward pass only.
@@ -147,7 +153,20 @@ def _unrounded(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     cost the same two products, and would hand the errors of an lse of few digits on to delta.
     """
     q, k, v = (x.float() for x in inputs[:3])
-    return attention_forward(inputs._replace(q=q, k=k, v=v), spec)
+    return _out_and_lse(inputs._replace(q=q, k=k, v=v), spec)
+
+
+def _max_logit(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    """In a pass of its own: the fast engine does not say what its scores were."""
+    q = inputs.q
+    top = q.new_full(q.shape[:3], -torch.inf, dtype=_wide(q))
+    for problem in problems(inputs, spec._replace(dropout_p=0.0), MatmulEngine, poison=(inputs.k,)):
+        for strip in problem.strips:
+            here = top[problem.entries, :, strip.rows]
+            for part in strip.parts:
+                block = _block(problem, strip, part, problem.inputs.q[:, :, strip.rows], _wide(q))
+                torch.maximum(here, scores(block, problem.spec)[0].amax(-1), out=here)
+    return top
 
 
 def _whole_block(inputs: Inputs, spec: AttentionSpec, engine: Engine) -> Block | None:

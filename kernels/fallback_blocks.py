@@ -188,7 +188,7 @@ class MatmulEngine:
     @staticmethod
     def forward(block: Block, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """(out, lse) of the rows over the keys of the block."""
-        s, _ = _scores(block, spec)
+        s, _ = scores(block, spec)
         peak = s.amax(-1, keepdim=True)
         peak = peak.masked_fill(peak == -torch.inf, 0.0)
         p = torch.exp(s - peak)
@@ -204,7 +204,7 @@ class MatmulEngine:
         delta = (dout * rows.out).sum(-1, keepdim=True)
         if rows.dlse is not None:
             delta = delta - rows.dlse[..., None]
-        s, slope = _scores(block, spec)
+        s, slope = scores(block, spec)
         p = torch.exp(s - rows.lse[..., None])
         dv = _group(_dropped(p, block, spec), k).mT @ _group(dout, k)
         dp = _dropped(_ungroup(_group(dout, k) @ v.mT, dout), block, spec)
@@ -305,7 +305,7 @@ def _mark_empty(out: Tensor, lse: Tensor, added: Tensor) -> tuple[Tensor, Tensor
     return out, lse
 
 
-def _scores(block: Block, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
+def scores(block: Block, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
     """Scores of a block, -inf where hidden, [batch, heads_q, rows, cols], and softcap's derivative."""
     s = _ungroup(_group(spec.scale * block.q, block.k) @ block.k.mT, block.q)
     slope = None

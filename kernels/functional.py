@@ -70,7 +70,8 @@ def attention(
     Query i stands at position i + (seqlen_k - seqlen_q): the last query sees the last key.
 
     Options:
-        want: names of statistics to return as well, out of ("lse",): then an AttentionStats is returned.
+        want: names of statistics to return as well, out of ("lse", "max_logit"): then an `AttentionStats` is
+            returned.
         causal: a query sees no key after its position.
         window: (left, right): the query at p sees keys p - left ... p + right, both ends included;
             None is unbounded. causal means right = 0.
@@ -104,11 +105,11 @@ def attention(
         NotImplementedError: impl= names an implementation that cannot take the call; lists every reason.
     """
     check_want(want)
-    inputs, spec = prepare(q, k, v, options, want_lse=want is not None)
-    out, lse = _run(inputs, spec, options.get("impl"))
+    inputs, spec = prepare(q, k, v, options, want=want or ())
+    stats = _run(inputs, spec, options.get("impl"))
     if want is None:
-        return out
-    return AttentionStats(out, lse if "lse" in want else None)
+        return stats.out
+    return stats if "lse" in want else stats._replace(lse=None)
 
 
 def scaled_dot_product_attention(
@@ -144,8 +145,8 @@ def scaled_dot_product_attention(
     options: AttentionOptions = {"causal": is_causal, "dropout_p": dropout_p, "scale": scale}
     if attn_mask is not None:
         options["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
-    inputs, spec = prepare(q, k, v, options, top_left=True, want_lse=False)
-    out, _ = _run(inputs, spec, None)
+    inputs, spec = prepare(q, k, v, options, top_left=True, want=())
+    out = _run(inputs, spec, None).out
     return out if query.ndim == 4 and len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
 
@@ -167,7 +168,7 @@ def prepare(
     options: AttentionOptions,
     *,
     top_left: bool = False,
-    want_lse: bool = True,
+    want: Sequence[str] = ("lse",),
 ) -> tuple[Inputs, AttentionSpec]:
     """Validate a call and turn it into what implementations see; q, k, v as autocast wants them."""
     filled: AttentionOptions = {**DEFAULTS, **options} if options else DEFAULTS
@@ -183,10 +184,17 @@ def prepare(
         )
     inputs = make_inputs(q, k, v, filled)
     tf32 = q.is_cuda and q.dtype == torch.float32 and _tf32_allowed()
-    return inputs, make_spec(q.shape[-1], filled, top_left=top_left, tf32=tf32, want_lse=want_lse)
+    return inputs, make_spec(
+        q.shape[-1],
+        filled,
+        top_left=top_left,
+        tf32=tf32,
+        want_lse="lse" in want,
+        want_max="max_logit" in want,
+    )
 
 
-def _run(inputs: Inputs, spec: AttentionSpec, impl: str | None) -> tuple[Tensor, Tensor]:
+def _run(inputs: Inputs, spec: AttentionSpec, impl: str | None) -> AttentionStats:
     impl = dispatch.choose(impl, inputs, spec)
     if _autocast_dtype(inputs.q) is None:
         return dispatch.run(inputs, spec, impl)

@@ -36,8 +36,12 @@ _CHAINS = {
 }
 
 
-def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]:
-    """(out, lse), differentiable once in what `Gradients` has; lse is -inf for a row without keys."""
+Results = tuple[Tensor, Tensor, Tensor | None]
+"""(out, lse, max_logit) of forward. Where nobody wants max_logit it is None, or empty out of an operator."""
+
+
+def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> Results:
+    """out and lse are differentiable once in what `Gradients` has; lse is -inf for a row without keys."""
     q, k, v = inputs[:3]
     function: Any = None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -55,7 +59,7 @@ def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, T
     return function.apply(*inputs, spec, impl)
 
 
-def _call_forward(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]:
+def _call_forward(inputs: Inputs, spec: AttentionSpec, impl: str) -> Results:
     """The operator, or its body where nothing listens."""
     if _somebody_listens(inputs):
         return _forward_op(*inputs, *spec, impl)
@@ -93,14 +97,14 @@ class _Attention(torch.autograd.Function):
     """The plain way: eager and torch.compile."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> Results:
         *tensors, spec, impl = args
-        out, lse = _call_forward(Inputs(*tensors), spec, impl)
-        _save(ctx, args, out, lse)
-        return out, lse
+        results = _call_forward(Inputs(*tensors), spec, impl)
+        _save(ctx, args, results)
+        return results
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         # Grad mode is on under create_graph: somebody may differentiate again, through q, k, v too.
         return _gradients(_Backward.apply if torch.is_grad_enabled() else _backward_op, ctx, dout, dlse)
 
@@ -111,16 +115,16 @@ class _TransformableAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    def forward(*args: Any) -> Results:
         *tensors, spec, impl = args
         return _forward_op(*tensors, *spec, impl)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _save(ctx, inputs, *output)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+        _save(ctx, inputs, output)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         return _gradients(_Backward.apply, ctx, dout, dlse)
 
     @staticmethod
@@ -159,9 +163,12 @@ _TWICE = (
 )
 
 
-def _save(ctx: Any, args: tuple[Any, ...], out: Tensor, lse: Tensor) -> None:
+def _save(ctx: Any, args: tuple[Any, ...], results: Results) -> None:
     *tensors, ctx.spec, ctx.impl = args
+    out, lse, max_logit = results
     ctx.save_for_backward(*tensors, out, lse)
+    if max_logit is not None:
+        ctx.mark_non_differentiable(max_logit)
     ctx.set_materialize_grads(False)
 
 
@@ -178,16 +185,17 @@ def _gradients(
     return (*wanted, *(None,) * (N_INPUTS - N_GRADIENTS + 2))
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Body of undivided::forward."""
-    return _compute(Inputs(*args[:N_INPUTS]), AttentionSpec(*args[N_INPUTS:-1]), args[-1])
+    out, lse, max_logit = _compute(Inputs(*args[:N_INPUTS]), AttentionSpec(*args[N_INPUTS:-1]), args[-1])
+    return out, lse, lse.new_empty(0) if max_logit is None else max_logit
 
 
-def _compute(inputs: Inputs, spec: AttentionSpec, impl: str) -> tuple[Tensor, Tensor]:
+def _compute(inputs: Inputs, spec: AttentionSpec, impl: str) -> Results:
     with below_autograd():
         if _is_empty(inputs):
-            out, lse = _allocate_forward(*inputs)
-            return out.zero_(), lse.fill_(-torch.inf)
+            out, lse, max_logit = _allocate_forward(*inputs, *spec, impl)
+            return out.zero_(), lse.fill_(-torch.inf), max_logit.fill_(-torch.inf)
         if impl == "auto":
             _say_if_untried(inputs.q.device)
         return _first_that_compiles(impl, "attention_forward", inputs, spec)
@@ -206,12 +214,13 @@ def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args
     return tuple(dout.new_empty(0) if g is None else g for g in grads)
 
 
-def _allocate_forward(*args: Any) -> tuple[Tensor, Tensor]:
+def _allocate_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes, dtypes and strides of what `_forward` returns."""
-    inputs = Inputs(*args[:N_INPUTS])
+    inputs, spec = Inputs(*args[:N_INPUTS]), AttentionSpec(*args[N_INPUTS:-1])
     q, v = inputs.q, inputs.v
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
+    lse = q.new_empty(q.shape[:3], dtype=dtype)
+    return like(q, v.shape[3]), lse, torch.empty_like(lse) if spec.want_max else lse.new_empty(0)
 
 
 def _allocate_backward(
@@ -283,7 +292,7 @@ def _fold_vmap_backward(
 
 
 _forward_op = define(
-    "forward", f"({CALL}, str impl) -> (Tensor, Tensor)", _forward, _allocate_forward, _fold_vmap
+    "forward", f"({CALL}, str impl) -> (Tensor, Tensor, Tensor)", _forward, _allocate_forward, _fold_vmap
 )
 _backward_op = define(
     "backward",

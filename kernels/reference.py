@@ -22,6 +22,30 @@ def attention(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     out = dropout(p)·v. Computes in float32, or float64 for float64 inputs; out has q's dtype. lse is -inf for
     a row that sees no key.
     """
+    s, v = _scores_and_values(inputs, spec)
+    alive = ~(s == -torch.inf).all(-1, keepdim=True)
+    s = torch.where(alive, s, 0.0)
+    if inputs.sinks is not None:
+        sinks = inputs.sinks.to(s.dtype)[:, None, None]
+        s = torch.cat([s, sinks.expand(*s.shape[:3], 1)], dim=-1)
+    lse = torch.logsumexp(s, dim=-1, keepdim=True)
+    p = torch.softmax(s, dim=-1)  # not exp(s - lse): where |s| is large, lse has no digits left
+    p = p[..., : v.shape[2]]
+    if spec.dropout_p > 0.0:
+        p = _dropout(p, inputs, spec)
+    out = torch.where(alive, p @ v, 0.0)
+    lse = torch.where(alive, lse, -torch.inf)
+    return out.to(inputs.q.dtype), lse.squeeze(-1)
+
+
+def max_logit(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    """Each row's largest score, (batch, heads_q, seqlen_q); -inf for a row that sees no key. No gradient."""
+    s = _scores_and_values(inputs, spec)[0].detach()
+    return s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], -torch.inf)
+
+
+def _scores_and_values(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """s, -inf where hidden, and v, 0 where nobody looks; wide, a head for each query head."""
     q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
@@ -44,22 +68,7 @@ def attention(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         s = s - inputs.slopes.to(wide)[..., None, None] * distances(inputs, spec)
     if inputs.table is not None:
         s = s + looked_up(inputs, spec).to(wide)
-    if ok is not None:
-        s = torch.where(ok, s, -torch.inf)
-
-    alive = ~(s == -torch.inf).all(-1, keepdim=True)
-    s = torch.where(alive, s, 0.0)
-    if inputs.sinks is not None:
-        sinks = inputs.sinks.to(wide)[:, None, None]
-        s = torch.cat([s, sinks.expand(*s.shape[:3], 1)], dim=-1)
-    lse = torch.logsumexp(s, dim=-1, keepdim=True)
-    p = torch.softmax(s, dim=-1)  # not exp(s - lse): where |s| is large, lse has no digits left
-    p = p[..., : k.shape[2]]
-    if spec.dropout_p > 0.0:
-        p = _dropout(p, inputs, spec)
-    out = torch.where(alive, p @ v, 0.0)
-    lse = torch.where(alive, lse, -torch.inf)
-    return out.to(inputs.q.dtype), lse.squeeze(-1)
+    return s if ok is None else torch.where(ok, s, -torch.inf), v
 
 
 def _dropout(p: Tensor, inputs: Inputs, spec: AttentionSpec) -> Tensor:

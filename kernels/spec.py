@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .biases import Biases
 
 IMPLEMENTATIONS = ("reference", "fallback", "triton")
-STATISTICS = ("lse",)
+STATISTICS = ("lse", "max_logit")
 TILE, HIDDEN, WHOLE = 128, -2, -1
 """Of `Inputs.tiles`."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -109,7 +109,7 @@ class AttentionSpec(NamedTuple):
     but a backward pass will read lse: 16-bit inputs may then leave it with errors far below their own.
     bidirectional, max_distance: of the table, see `RelativeBias`. precise: backward's delta is the sum of
     P·dP, not made from a rounded out. batch_invariant: the bits of an entry do not depend on the others.
-    first_entry: what dropout calls the first batch entry.
+    first_entry: what dropout calls the first batch entry. want_max: forward also gives max_logit.
     """
 
     scale: float
@@ -125,6 +125,7 @@ class AttentionSpec(NamedTuple):
     precise: bool = False
     batch_invariant: bool = False
     first_entry: int = 0
+    want_max: bool = False
 
     def shift(self, seqlen_q: int, seqlen_k: int) -> int:
         """Position of query 0 on the axis of keys."""
@@ -163,10 +164,12 @@ class AttentionStats(NamedTuple):
 
     out: (batch, heads_q, seqlen_q, head_dim_v). lse: (batch, heads_q, seqlen_q) float32 (float64
     for float64 inputs), natural logarithm of the softmax's denominator, -inf for an empty row, or its sink.
+    max_logit: as lse, the row's largest score, bias and all, but no sink; -inf for an empty row; no gradient.
     """
 
     out: Tensor
     lse: Tensor | None = None
+    max_logit: Tensor | None = None
 
 
 def like(x: Tensor, head_dim: int) -> Tensor:

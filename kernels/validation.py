@@ -65,7 +65,13 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
 
 
 def make_spec(
-    head_dim: int, options: AttentionOptions, *, top_left: bool, tf32: bool, want_lse: bool = True
+    head_dim: int,
+    options: AttentionOptions,
+    *,
+    top_left: bool,
+    tf32: bool,
+    want_lse: bool = True,
+    want_max: bool = False,
 ) -> AttentionSpec:
     """Check the options that are no tensors, and resolve their defaults.
 
@@ -98,6 +104,7 @@ def make_spec(
         *_table_of(options["bias"]),
         as_bool("precise", options["precise"]),
         _is_batch_invariant(options["deterministic"]),
+        want_max=want_max,
     )
 
 

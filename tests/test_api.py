@@ -282,7 +282,7 @@ def test_kernel_that_does_not_build_falls_back_once_and_only_under_auto(
     monkeypatch.setattr(ops, "_implementation", lambda name: Broken if name == "triton" else find(name))
     inputs, options = Inputs(Q, K, K), AttentionSpec(0.3)
     with pytest.warns(RuntimeWarning, match="fallback runs instead.*shared memory"):
-        out, _ = ops.attention(inputs, options, "auto")
+        out, _, _ = ops.attention(inputs, options, "auto")
     assert out.shape == (2, 4, 5, 8)
     with pytest.raises(BuildError):
         ops.attention(inputs, options, "triton")

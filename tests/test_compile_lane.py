@@ -61,7 +61,7 @@ with absent_gpu(TARGETS["sm_90"]):
             k = torch.empty(batch, 2, length, 64, dtype=torch.bfloat16, device="meta")
             inputs = make_inputs(q, k, k, DEFAULTS)
             spec = make_spec(64, {**DEFAULTS, "causal": True}, top_left=False, tf32=False)
-            out, lse = attention_forward(inputs, spec)
+            out, lse, _ = attention_forward(inputs, spec)
             attention_backward(q, None, out, lse, inputs, spec, Needs(True, True, True))
 print(json.dumps({name: len(found) for name, found in keys.items()}))
 """

@@ -60,8 +60,9 @@ def test_opcheck(impl: str, layout: str, device: torch.device) -> None:
     options = {"causal": True, "dropout_p": 0.3, "seed": 5, "sinks": torch.randn(4, device=device)}
     options["bias"] = torch.randn(4, 1, 7, device=device), ALiBi(torch.rand(4, device=device))
     inputs, spec = functional.prepare(q, k, v, options)
-    torch.library.opcheck(ops._forward_op, (*inputs, *spec, impl), test_utils=CHECKS)
-    out, lse = ops._forward_op(*inputs, *spec, impl)
+    for asked in (spec, spec._replace(want_max=True)):
+        torch.library.opcheck(ops._forward_op, (*inputs, *asked, impl), test_utils=CHECKS)
+    out, lse, _ = ops._forward_op(*inputs, *spec, impl)
     backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, *inputs, *spec, impl)
     for needs in ([True] * N_GRADIENTS, [i == 1 for i in range(N_GRADIENTS)]):
         torch.library.opcheck(ops._backward_op, (*backward, needs), test_utils=CHECKS)
@@ -72,7 +73,7 @@ def test_lse_may_come_back_with_other_strides(impl: str, device: torch.device) -
     """Whoever saves it between forward and backward may lay it out anew; a kernel reads it by row number."""
     q, k = torch.randn(2, 4, 5, 16, device=device), torch.randn(2, 2, 7, 16, device=device)
     inputs, spec = functional.prepare(q, k, k, {})
-    out, lse = ops._forward_op(*inputs, *spec, impl)
+    out, lse, _ = ops._forward_op(*inputs, *spec, impl)
     strided = lse.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     dout, needs = torch.randn_like(out), [i < 3 for i in range(N_GRADIENTS)]
     expected = ops._backward_op(dout, lse, out, lse, *inputs, *spec, impl, needs)

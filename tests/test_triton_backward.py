@@ -33,7 +33,7 @@ def backward(
     config: dict[Kernel, TileConfig] | None = None,
 ) -> Gradients:
     inputs, spec = problem.prepared()
-    out, lse = attention_forward(inputs, spec)
+    out, lse, _ = attention_forward(inputs, spec)
     return attention_backward(problem.dout, problem.dlse, out, lse, inputs, spec, needs, config)
 
 
@@ -120,7 +120,7 @@ def test_dlse_may_be_absent_or_expanded(device: torch.device) -> None:
 
 def launches(problem: Problem, needs: Needs) -> list[str]:
     inputs, spec = problem.prepared()
-    out, lse = attention_forward(inputs, spec)
+    out, lse, _ = attention_forward(inputs, spec)
     described = backward_launches(problem.dout, problem.dlse, out, lse, inputs, spec, needs)[1]
     return [launch.kernel.__name__ for launch in described]
 

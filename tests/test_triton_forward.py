@@ -41,7 +41,7 @@ def draw(device: torch.device, dtype: torch.dtype, seqlen_q: int = 37, seqlen_k:
 
 
 def assert_right(inputs: Inputs, spec: AttentionSpec, config: TileConfig | None) -> None:
-    out, lse = attention_forward(inputs, spec, config)
+    out, lse, _ = attention_forward(inputs, spec, config)
     assert_within_budget(Results(out, lse), solve(inputs, spec, None, None), "kernel")
 
 
@@ -74,7 +74,7 @@ def test_descriptors_change_nothing(left: int | None, right: int | None, device:
     spec = AttentionSpec(0.3, left, right)
     with_pointers = attention_forward(inputs, spec, TileConfig(32, 32, 4, 1))
     with_descriptors = attention_forward(inputs, spec, TileConfig(32, 32, 4, 1, tma=True))
-    for a, b in zip(with_pointers, with_descriptors):
+    for a, b in zip(with_pointers[:2], with_descriptors[:2]):
         assert torch.equal(a, b)
 
 
@@ -88,14 +88,14 @@ def test_values_hidden_from_everybody_stay_out(device: torch.device) -> None:
         clean = attention_forward(inputs, spec)
         k, v = inputs.k.clone(), inputs.v.clone()
         k[:, :, hidden], v[:, :, hidden] = math.nan, math.inf
-        for a, b in zip(clean, attention_forward(inputs._replace(k=k, v=v), spec)):
+        for a, b in zip(clean[:2], attention_forward(inputs._replace(k=k, v=v), spec)[:2]):
             assert torch.equal(a, b)
 
 
 def test_scores_beyond_the_precision_of_the_exponent(device: torch.device) -> None:
     """exp2(fma(s, c, -round(max c))) is not 1 at the maximum: overflow at |max c| > 2^27."""
     x = torch.full((1, 1, 40, 64), 133120.0, device=device)
-    out, lse = attention_forward(Inputs(x, x, x), AttentionSpec(0.125))
+    out, lse, _ = attention_forward(Inputs(x, x, x), AttentionSpec(0.125))
     assert torch.equal(out, x)
     assert torch.isfinite(lse).all()
 
@@ -104,7 +104,7 @@ def test_rows_of_the_lowest_float_are_uniform(device: torch.device) -> None:
     """A bias of finfo.min overflows to -inf when it is multiplied by log2 e: the row would look empty."""
     inputs = draw(device, torch.float32)
     bias = torch.full((1, 1, 1, 53), torch.finfo(torch.float32).min, device=device)
-    out, _ = attention_forward(inputs._replace(bias=bias), AttentionSpec(0.3))
+    out, _, _ = attention_forward(inputs._replace(bias=bias), AttentionSpec(0.3))
     torch.testing.assert_close(out, inputs.v.mean(2, keepdim=True).expand_as(out))
 
 
@@ -119,8 +119,8 @@ def test_offsets_beyond_32_bits(device: torch.device) -> None:
     buffer.as_strided((rows, 16), (stride, 1)).fill_(math.nan)
     k.copy_(torch.randn(k.shape))
     q = torch.randn(1, 1, 3, 16, device=device).half()
-    out, lse = attention_forward(Inputs(q, k, k), AttentionSpec(0.3))
-    near, near_lse = attention_forward(Inputs(q, k.contiguous(), k.contiguous()), AttentionSpec(0.3))
+    out, lse, _ = attention_forward(Inputs(q, k, k), AttentionSpec(0.3))
+    near, near_lse, _ = attention_forward(Inputs(q, k.contiguous(), k.contiguous()), AttentionSpec(0.3))
     assert torch.equal(out, near)
     assert torch.equal(lse, near_lse)
 

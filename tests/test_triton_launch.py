@@ -153,7 +153,7 @@ with absent_gpu(dataclasses.replace(TARGETS["sm_90"], shared_per_cta=1024)) as l
     for _ in range(2):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            out, _ = ops.attention(inputs, spec, "auto")
+            out, _, _ = ops.attention(inputs, spec, "auto")
         assert torch.equal(out, ops.attention(inputs, spec, "fallback")[0])
         print(*(w.message for w in said if "fallback runs" in str(w.message)))
 assert not launches

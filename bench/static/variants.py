@@ -110,6 +110,6 @@ def call(variant: Variant) -> None:
     options: contract.AttentionOptions = {**contract.DEFAULTS, **OPTIONS[variant.options]()}  # type: ignore[typeddict-item]
     inputs = make_inputs(q, k, v, options)
     spec = make_spec(variant.head_dim, options, top_left=False, tf32=False)
-    out, lse = attention_forward(inputs, spec)
+    out, lse, _ = attention_forward(inputs, spec)
     needs = contract.Needs(*(x is not None for x in inputs[: contract.N_GRADIENTS]))
     attention_backward(dout, None, out, lse, inputs, spec, needs)

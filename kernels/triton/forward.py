@@ -114,6 +114,7 @@ def _forward_kernel(
     out_ptr,
     out_strides,
     lse_ptr,
+    max_ptr,
     bias_ptr,
     bias_strides,
     mask_ptr,
@@ -208,21 +209,26 @@ def _forward_kernel(
     tiles.store_rows(out_rows, out_strides, first_row, seqlen_q, acc, BLOCK_Q, HEAD_DIM_V)
     index = first_row + tl.arange(0, BLOCK_Q)
     tl.store(lse_ptr + plane.to(tl.int64) * seqlen_q + index, lse, mask=index < seqlen_q)
+    if max_ptr is not None:
+        top = softmax.natural_max(row_max, scale, softcap, anything_added)
+        tl.store(max_ptr + plane.to(tl.int64) * seqlen_q + index, top, mask=index < seqlen_q)
 
 
 def attention_forward(
     inputs: Inputs, spec: AttentionSpec, config: TileConfig | None = None
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of one call, outside autograd.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(out, lse, max_logit) of one call, outside autograd.
 
     out: (batch, heads_q, seqlen_q, head_dim_v) in q's dtype and physical order; lse: float32,
-    natural logarithm, -inf for rows that see nothing. config: tile sizes, None takes the table's.
+    natural logarithm, -inf for rows that see nothing. max_logit: like lse, each row's largest score; None
+    unless the spec asks. config: tile sizes, None takes the table's.
     """
     q = inputs.q
     out = like(q, inputs.v.shape[3])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    forward_launch(inputs, spec, out, lse, config).run(q.device)
-    return out, lse
+    max_logit = torch.empty_like(lse) if spec.want_max else None
+    forward_launch(inputs, spec, out, lse, config, max_logit).run(q.device)
+    return out, lse, max_logit
 
 
 def forward_launch(
@@ -231,8 +237,9 @@ def forward_launch(
     out: Tensor,
     lse: Tensor,
     config: TileConfig | None = None,
+    max_logit: Tensor | None = None,
 ) -> Launch:
-    """The launch that fills out and lse; with meta tensors and a config, one to compile only."""
+    """The launch that fills out, lse and max_logit; with meta tensors and a config, one to compile only."""
     q, k, v, bias, sinks, slopes, _, mask = inputs[:8]
     key_lengths = inputs.key_lengths
     batch, heads_q, seqlen_q, head_dim = q.shape
@@ -246,7 +253,7 @@ def forward_launch(
     left, right = (None if x is None else min(x, seqlen_q + seqlen_k) for x in (spec.left, spec.right))
     tma = config.tma and descriptors_fit(inputs, spec)
     arguments: tuple[Any, ...] = (
-        q, q.stride(), k, k.stride(), v, v.stride(), out, out.stride(), lse,
+        q, q.stride(), k, k.stride(), v, v.stride(), out, out.stride(), lse, max_logit,
         bias, broadcast_strides(bias), mask, broadcast_strides(mask),
         None if sinks is None else sinks.contiguous(), *dense_slopes(slopes), key_lengths,
         dropout_seed(inputs, spec), dropped_bits(spec.dropout_p), kept_scale(spec.dropout_p),

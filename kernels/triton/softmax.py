@@ -123,9 +123,17 @@ def power_of_two(x):
 @triton.jit
 def natural_lse(row_max, row_sum, scale, softcap, bias):
     """Logarithm of the softmax's denominator, -inf for a row without any."""
+    return tl.where(
+        row_sum == 0.0, float("-inf"), natural_max(row_max, scale, softcap, bias) + tl.log(row_sum)
+    )
+
+
+@triton.jit
+def natural_max(row_max, scale, softcap, bias):
+    """A row's largest score, -inf for a row without any, from the running maximum of `online_softmax`."""
     if softcap is None and bias is None:
         row_max = row_max * scale
-    return tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log(row_sum))
+    return row_max
 
 
 @triton.jit
