@@ -29,7 +29,7 @@ ARITHMETIC: dict[str, Arithmetic] = {
 def ours(impl: str) -> Target:
     """One of this package's implementations, through its public path: prepare, choose, run."""
 
-    def attend(problem: Problem) -> tuple[Tensor, Tensor]:
+    def attend(problem: Problem) -> tuple[Tensor, Tensor | None]:
         inputs, spec = problem.prepared()
         out, lse, *_ = dispatch.run(inputs, spec, dispatch.choose(impl, inputs, spec))
         return out, lse

@@ -176,6 +176,7 @@ def _answer(inputs: Inputs, spec: AttentionSpec, dout: Tensor, dlse: Tensor) -> 
     leaves = {name: x.requires_grad_() for name, x in zip(Gradients._fields, inputs) if x is not None}
     with torch.enable_grad():
         out, lse, *_ = dispatch.run(inputs, spec, "reference")
+    assert lse is not None
     grads = torch.autograd.grad((out, lse), [*leaves.values()], (dout, dlse))
     for x in leaves.values():
         x.requires_grad_(False)

@@ -103,7 +103,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if need_weights:
             if options["dropout_p"] > 0.0:  # weights and output must lose the same elements
                 options["seed"] = torch.randint(2**63 - 1, (), device=q.device)
-            out, lse = attention(q, k, v, want=("lse",), **options)
+            out, lse, *_ = attention(q, k, v, want=("lse",), **options)
             assert lse is not None
             weights = attention_weights(q, k, lse, reduce="mean" if average_attn_weights else None, **options)
             weights = weights.to(torch.softmax(q.new_zeros(1), 0).dtype)  # autocast may want another than q's
