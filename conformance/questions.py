@@ -11,6 +11,7 @@ import torch
 
 from . import safety
 from .cases import CASES, OPTIONS, Case, Extra, Problem
+from .combinations import combinations
 from .oracle import ROUNDOFF
 from .target import Target
 from .verdict import LONG_SEQUENCES, VALUES
@@ -53,11 +54,15 @@ HIDING = (
 )
 """Keys that no query of a batch entry sees, each way of hiding them."""
 
+QUICK_COMBINATIONS = 12
+"""How many of `combinations` the level quick asks: the first ones have more than half of all pairs."""
+
 FAR = (Case("two heads, two rows", seqlen_q=2, seqlen_k=2),)
 
 
 class Kind(NamedTuple):
-    """A check and the cases it is put to. claim: without which it is not asked at all.
+    """A check and the cases it is put to, or how they follow from the target. claim: without which it is not
+    asked at all.
 
     dtypes: of those a case is asked in, "all", one of them ("turns"), or the one that rounds most
     ("coarsest"); with the level full "turns" means all.
@@ -65,20 +70,20 @@ class Kind(NamedTuple):
 
     name: str
     run: Callable[[Target, Problem], safety.Outcome]
-    cases: Sequence[Case]
+    cases: Sequence[Case] | Callable[[Target], Sequence[Case]]
     dtypes: Literal["all", "turns", "coarsest"] = "turns"
     claim: str | None = None
     full_only: bool = False
 
 
 _SINGLES = tuple(case for case in CASES if case.name in OPTIONS)
-_PAIRS = tuple(case for case in CASES if "+" in case.name)
-_OTHERS = tuple(case for case in CASES if case not in _SINGLES and case not in _PAIRS)
+_OTHERS = tuple(case for case in CASES if case not in _SINGLES)
 
 _KINDS = (
     Kind(VALUES, safety.values, _SINGLES, "all"),
     Kind(VALUES, safety.values, (*_OTHERS, *HUGE)),
-    Kind(VALUES, safety.values, _PAIRS, full_only=True),
+    Kind(VALUES, safety.values, lambda target: combinations(target)[:QUICK_COMBINATIONS]),
+    Kind(VALUES, safety.values, combinations, full_only=True),
     Kind(LONG_SEQUENCES, safety.values, LONG, "coarsest"),
     Kind("nothing outside is read", safety.reads_nothing_outside, CANARIES),
     Kind("nothing outside is written", safety.writes_nothing_outside, CANARIES),
@@ -114,17 +119,18 @@ class Question(NamedTuple):
 def questions(target: Target, level: Level, skipped: Counter[str]) -> Iterator[Question]:
     """What to ask; `skipped` counts the cases that are not asked, by the claim that is missing.
 
-    quick: every case but the pairs of options, each in one dtype (they take turns), the single options in
-    all dtypes; seconds on a CPU. full: everything in every dtype, and what is slow.
+    quick: every case but most of the combinations of options, each in one dtype (they take turns), the single
+    options in all dtypes; seconds on a CPU. full: everything in every dtype, and what is slow.
     """
     before: set[tuple[str, Case, torch.dtype]] = set()
     for kind in _KINDS:
         if kind.full_only and level == "quick":
             continue
+        cases = kind.cases(target) if callable(kind.cases) else kind.cases
         if kind.claim is not None and not getattr(target.capabilities, kind.claim):
-            skipped[kind.claim] += len(kind.cases)
+            skipped[kind.claim] += len(cases)
             continue
-        for index, case in enumerate(map(target.fitted, kind.cases)):
+        for index, case in enumerate(map(target.fitted, cases)):
             dtypes = _askable(target, case, skipped)
             if dtypes and kind.dtypes == "coarsest":
                 dtypes = [max(dtypes, key=lambda dtype: ROUNDOFF[dtype])]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from undivided.conformance.adapters import ARITHMETIC, ours
 from undivided.conformance.budget import assert_within_budget
 from undivided.conformance.cases import BIASES, CASES, LAYOUTS, MASKS, Case, Extra
+from undivided.conformance.combinations import combinations
 from undivided.conformance.evaluation import evaluate, expected
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -39,8 +40,7 @@ def every_case() -> list[object]:
                 continue
             for dtype in dtypes:
                 interpreted = impl == "triton" and not NATIVE
-                sampled = dtype == dtypes[index % len(dtypes)] and "+" not in case.name
-                marks = [pytest.mark.full] if interpreted and not sampled else []
+                marks = [pytest.mark.full] if interpreted and dtype != dtypes[index % len(dtypes)] else []
                 name = f"{impl}-{dtype}-{case.name}".replace("torch.", "")
                 params.append(pytest.param(impl, dtype, case, id=name, marks=marks))
     return params
@@ -51,6 +51,32 @@ def test_within_budget(impl: str, dtype: torch.dtype, case: Case, device: torch.
     """Any wrong value or gradient, in any element."""
     if case.bias is not None and case.bias.dtype == BRAIN and impl == "triton" and not NATIVE:
         pytest.skip("the interpreter truncates what it stores in bf16")
+    check(impl, dtype, case, device)
+
+
+INTERPRETED = 12
+"""How many combinations are asked of interpreted kernels without `full`; the first ones have most pairs."""
+
+
+def every_combination() -> list[object]:
+    """Each in one of the dtypes it is claimed for, in all of them with `full`."""
+    params = []
+    for impl in DTYPES:
+        target = ours(impl)
+        interpreted = impl == "triton" and not NATIVE
+        for index, case in enumerate(combinations(target)):
+            dtypes = [dtype for dtype in DTYPES[impl] if target.refusal(case, dtype) is None]
+            for dtype in dtypes:
+                sampled = dtype == dtypes[index % len(dtypes)] and not (interpreted and index >= INTERPRETED)
+                marks = [] if sampled else [pytest.mark.full]
+                name = f"{impl}-{dtype}-{case.name}".replace("torch.", "")
+                params.append(pytest.param(impl, dtype, case, id=name, marks=marks))
+    return params
+
+
+@pytest.mark.parametrize(("impl", "dtype", "case"), every_combination())
+def test_combinations_within_budget(impl: str, dtype: torch.dtype, case: Case, device: torch.device) -> None:
+    """Two options of which each is right without the other."""
     check(impl, dtype, case, device)
 
 
