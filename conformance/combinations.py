@@ -72,6 +72,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
             for name in ("bshd", "sliced", "last_stride_2", "head_dim_outermost", "expanded_heads")
         },
     },
+    "precise": {"rounded delta": {}, "precise": {"precise": True}},
     "numbers": {
         "randn": {},
         "outliers": {"distribution": "outlier_channel"},
