@@ -138,7 +138,7 @@ class FlashEngine:
         stack = _stacks(q, k) and not block.causal
         if stack:
             added_rows = None if added is None else _stack_added(added, q, k)
-            q = _group(q, k)
+            q = group(q, k)
         width = max(q.shape[3], v.shape[3])
         q, k, v = operand(q, width), operand(k, width), operand(v, width)
         if stack and added is None and _joins(k) and _joins(v):  # then no result has to be laid out anew
@@ -193,7 +193,7 @@ class MatmulEngine:
         peak = peak.masked_fill(peak == -torch.inf, 0.0)
         p = torch.exp(s - peak)
         total = p.sum(-1, keepdim=True)
-        out = _ungroup(_group(_dropped(p, block, spec), block.k) @ block.v, block.q)
+        out = ungroup(group(_dropped(p, block, spec), block.k) @ block.v, block.q)
         out = out / total.masked_fill(total == 0.0, 1.0)
         return out, (peak + total.log()).squeeze(-1)
 
@@ -206,14 +206,14 @@ class MatmulEngine:
             delta = delta - rows.dlse[..., None]
         s, slope = scores(block, spec)
         p = torch.exp(s - rows.lse[..., None])
-        dv = _group(_dropped(p, block, spec), k).mT @ _group(dout, k)
-        dp = _dropped(_ungroup(_group(dout, k) @ v.mT, dout), block, spec)
+        dv = group(_dropped(p, block, spec), k).mT @ group(dout, k)
+        dp = _dropped(ungroup(group(dout, k) @ v.mT, dout), block, spec)
         ds = p * (dp - delta)
         if block.visible is not None:
             ds = torch.where(block.visible, ds, 0.0)
         dqk = spec.scale * (ds if slope is None else ds * slope)
-        dq = _ungroup(_group(dqk, k) @ k, block.q)
-        dk = _group(dqk, k).mT @ _group(block.q, k)
+        dq = ungroup(group(dqk, k) @ k, block.q)
+        dk = group(dqk, k).mT @ group(block.q, k)
         return BlockGradients(dq, dk, dv, ds if dscores else None)
 
 
@@ -307,7 +307,7 @@ def _mark_empty(out: Tensor, lse: Tensor, added: Tensor) -> tuple[Tensor, Tensor
 
 def scores(block: Block, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
     """Scores of a block, -inf where hidden, [batch, heads_q, rows, cols], and softcap's derivative."""
-    s = _ungroup(_group(spec.scale * block.q, block.k) @ block.k.mT, block.q)
+    s = ungroup(group(spec.scale * block.q, block.k) @ block.k.mT, block.q)
     slope = None
     if spec.softcap is not None:
         t = torch.tanh(s / spec.softcap)
@@ -325,11 +325,11 @@ def _dropped(p: Tensor, block: Block, spec: AttentionSpec) -> Tensor:
     return torch.where(block.keep, p / (1.0 - spec.dropout_p), 0.0)
 
 
-def _group(x: Tensor, k: Tensor) -> Tensor:
+def group(x: Tensor, k: Tensor) -> Tensor:
     """Heads of a group below each other: [batch, heads_kv, group * rows, ...]."""
     return x if x.shape[1] == k.shape[1] else x.reshape(x.shape[0], k.shape[1], -1, x.shape[3])
 
 
-def _ungroup(x: Tensor, q: Tensor) -> Tensor:
+def ungroup(x: Tensor, q: Tensor) -> Tensor:
     """Back to [batch, heads_q, rows, ...]."""
     return x if x.shape[1] == q.shape[1] else x.reshape(x.shape[0], q.shape[1], -1, x.shape[3])

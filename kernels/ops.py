@@ -22,6 +22,7 @@ from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
 from . import evidence, flops
+from .differentials import Backward, Jvp
 from .library import CALL, NAMESPACE, below_autograd, define
 from .spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs, Needs, like
 from .vmap import folded
@@ -37,11 +38,11 @@ _CHAINS = {
 
 
 Results = tuple[Tensor, Tensor, Tensor | None]
-"""(out, lse, max_logit) of forward. Where nobody wants max_logit it is None, or empty out of an operator."""
+"""(out, lse, max_logit) of forward, or their tangents. Where nobody wants max_logit it is None, or empty out of an operator."""
 
 
 def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> Results:
-    """out and lse are differentiable once in what `Gradients` has; lse is -inf for a row without keys."""
+    """out and lse are differentiable twice in what `Gradients` has; lse is -inf for a row without keys."""
     q, k, v = inputs[:3]
     function: Any = None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -106,7 +107,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         # Grad mode is on under create_graph: somebody may differentiate again, through q, k, v too.
-        return _gradients(_Backward.apply if torch.is_grad_enabled() else _backward_op, ctx, dout, dlse)
+        transformed = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        return _gradients(Backward.apply if transformed else _backward_op, ctx, dout, dlse)
 
 
 class _TransformableAttention(torch.autograd.Function):
@@ -125,48 +127,20 @@ class _TransformableAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        return _gradients(_Backward.apply, ctx, dout, dlse)
+        return _gradients(Backward.apply, ctx, dout, dlse)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        raise NotImplementedError(
-            "forward-mode AD (torch.func.jvp, forward_ad) is not available for fused attention; "
-            "impl='reference' has it, with seqlen_q x seqlen_k memory"
-        )
-
-
-class _Backward(torch.autograd.Function):
-    """The backward operator, refusing to be differentiated: never silent zeros."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _backward_op(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(_TWICE)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        raise NotImplementedError(_TWICE)
-
-
-_TWICE = (
-    "fused attention is differentiable once; impl='reference' is differentiable to any order, "
-    "with seqlen_q x seqlen_k memory"
-)
+    def jvp(ctx: Any, *tangents: Any) -> Results:
+        *tensors, out, lse = ctx.saved_tensors
+        tout, tlse = Jvp.apply(out, lse, *tangents[:N_GRADIENTS], *tensors, *ctx.spec, ctx.impl)
+        return tout, tlse, None
 
 
 def _save(ctx: Any, args: tuple[Any, ...], results: Results) -> None:
     *tensors, ctx.spec, ctx.impl = args
     out, lse, max_logit = results
     ctx.save_for_backward(*tensors, out, lse)
+    ctx.save_for_forward(*tensors, out, lse)
     if max_logit is not None:
         ctx.mark_non_differentiable(max_logit)
     ctx.set_materialize_grads(False)

@@ -184,6 +184,11 @@ def like(x: Tensor, head_dim: int) -> Tensor:
     return x.new_empty(batch, heads, seqlen, head_dim)
 
 
+def empty_like(x: Tensor) -> Tensor:
+    """Uninitialised, for a gradient of x: four axes in the physical order of `like`."""
+    return like(x, x.shape[3]) if x.ndim == 4 else x.new_empty(x.shape)
+
+
 def seq_major(x: Tensor) -> bool:
     """Whether x is a transposed view of (batch, seqlen, heads, head_dim)."""
     return x.stride(1) < x.stride(2)

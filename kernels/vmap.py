@@ -1,4 +1,4 @@
-"""The vmap rule of both operators."""
+"""The vmap rules of the operators."""
 
 from __future__ import annotations
 
@@ -25,17 +25,7 @@ def folded(
     flat_dims = [*in_dims[:n_tensors]]
     apart = (*inputs[3:7], inputs.tiles, inputs.spans_q, inputs.seed)
     if any(x is not None for x in apart):
-        runs = [
-            operator(
-                *(
-                    x.select(d, i) if d is not None else x
-                    for x, d in zip(args[:n_tensors], flat_dims, strict=True)
-                ),
-                *args[n_tensors:],
-            )
-            for i in range(size)
-        ]
-        return tuple(torch.stack(outs) for outs in zip(*runs, strict=True)), (0,) * len(runs[0])
+        return one_by_one(operator, info, in_dims, args)
     batch = inputs.q.shape[0] if flat_dims[first] is None else inputs.q.movedim(flat_dims[first], 0).shape[1]
     folded: list[Tensor | None] = []
     for x, d in zip(args[:n_tensors], flat_dims, strict=True):
@@ -48,3 +38,15 @@ def folded(
     mapped = [o.ndim > 1 for o in outs]  # a gradient nobody needs is empty and has one axis
     results = tuple(o.unflatten(0, (size, -1)) if m else o for o, m in zip(outs, mapped, strict=True))
     return results, tuple(0 if m else None for m in mapped)
+
+
+def one_by_one(
+    operator: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """Run the examples one after the other."""
+    # The operator's other arguments, lists among them, have no axis; how their in_dims look varies.
+    runs = [
+        operator(*(x.select(d, i) if isinstance(d, int) else x for x, d in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(outs) for outs in zip(*runs, strict=True)), (0,) * len(runs[0])

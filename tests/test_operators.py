@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import shutil
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -268,26 +268,37 @@ def test_vmap_with_bias_and_dropout_equals_a_loop() -> None:
 class TestNeverSilentZeros:
     """What fused attention cannot differentiate it refuses; the reference can."""
 
-    def test_func_jvp(self, qkv: tuple[Tensor, ...]) -> None:
-        with pytest.raises(NotImplementedError, match="forward-mode AD"):
-            torch.func.jvp(windowed, qkv, qkv)
-
-    def test_dual_numbers(self, qkv: tuple[Tensor, ...]) -> None:
+    def test_jvp_of_jvp(self, qkv: tuple[Tensor, ...]) -> None:
         q, k, v = (x.detach() for x in qkv)
-        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode AD"):
-            windowed(forward_ad.make_dual(q, q), k, v)
 
-    def test_double_backward(self, qkv: tuple[Tensor, ...]) -> None:
-        """A gradient penalty whose second derivative is dropped: dout needs no gradient here, q does."""
-        (dq,) = torch.autograd.grad(windowed(*qkv).sum(), qkv[0], create_graph=True)
-        with pytest.raises(NotImplementedError, match="differentiable once"):
-            torch.autograd.grad(dq.square().sum() + qkv[0].sum(), qkv[0])
+        def moved(q: Tensor) -> Tensor:
+            return torch.func.jvp(lambda q: windowed(q, k, v), (q,), (q,))[1]
 
-    def test_func_double_backward(self, qkv: tuple[Tensor, ...]) -> None:
-        q, k, v = qkv
+        with pytest.raises(NotImplementedError, match="forward mode of forward mode"):
+            torch.func.jvp(moved, (q,), (q,))
+
+    def test_third_derivative(self, qkv: tuple[Tensor, ...]) -> None:
+        """dout needs no gradient here, q does."""
+        q = qkv[0]
+        (dq,) = torch.autograd.grad(windowed(*qkv).sum(), q, create_graph=True)
+        (ddq,) = torch.autograd.grad(dq.square().sum(), q, create_graph=True)
+        with pytest.raises(NotImplementedError, match="third derivative"):
+            torch.autograd.grad(ddq.square().sum() + q.sum(), q)
+
+    def test_func_third_derivative(self, qkv: tuple[Tensor, ...]) -> None:
+        q, k, v = (x.detach() for x in qkv)
+        call: Callable[[Tensor], Tensor] = lambda q: windowed(q, k, v).sin().sum()  # noqa: E731
+        for _ in range(2):
+            call = functools.partial(lambda of, q: torch.func.grad(of)(q).sin().sum(), call)
+        with pytest.raises(NotImplementedError, match="third derivative"):
+            torch.func.grad(call)(q)
+
+    def test_third_derivative_in_forward_mode(self, qkv: tuple[Tensor, ...]) -> None:
+        q, k, v = (x.detach() for x in qkv)
         first = torch.func.grad(lambda q: windowed(q, k, v).sin().sum())
-        with pytest.raises(NotImplementedError, match="differentiable once"):
-            torch.func.grad(lambda q: first(q).sum())(q)
+        second = torch.func.grad(lambda q: first(q).sin().sum())
+        with pytest.raises(NotImplementedError, match="third derivative"):
+            torch.func.jvp(second, (q,), (q,))
 
     def test_reference_does_all_of_it(self, qkv: tuple[Tensor, ...]) -> None:
         def call(*x: Tensor) -> Tensor:
