@@ -177,7 +177,12 @@ def _hvp(dout: Tensor, dlse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
 def _call(args: tuple[Any, ...]) -> tuple[tuple[Gradient, ...], Inputs, AttentionSpec]:
     """(tangents, inputs, spec) of an operator's arguments."""
     n = N_GRADIENTS + N_INPUTS
-    return args[:N_GRADIENTS], Inputs(*args[N_GRADIENTS:n]), AttentionSpec(*args[n:])
+    inputs = Inputs(*args[N_GRADIENTS:n])
+    if inputs.spans_q is not None:
+        raise NotImplementedError(
+            f"packed sequences are differentiable once, and in reverse mode only; {_REFERENCE}"
+        )
+    return args[:N_GRADIENTS], inputs, AttentionSpec(*args[n:])
 
 
 def _is_empty(inputs: Inputs) -> bool:
