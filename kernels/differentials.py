@@ -21,9 +21,17 @@ N_INPUTS = len(Inputs._fields)
 Gradient = Tensor | None
 
 
-class Backward(torch.autograd.Function):
-    """The backward operator, differentiable once more: dout, dlse, out, lse, inputs, spec, impl, needs.
+def differentiable_backward(*args: Any) -> tuple[Tensor, ...]:
+    """The backward operator, differentiable once more."""
+    *call, needs = args
+    gradients: tuple[Tensor, ...] = Backward.apply(*call, *needs)
+    return gradients
 
+
+class Backward(torch.autograd.Function):
+    """`differentiable_backward` of dout, dlse, out, lse, inputs, spec, impl, needs.
+
+    Functions have flat arguments: the rule of vmap counts one for each in every list and named tuple.
     out and lse are functions of the inputs, and the closed forms know it: they have no gradients here.
     """
 
@@ -31,7 +39,7 @@ class Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        gradients: tuple[Tensor, ...] = getattr(torch.ops, NAMESPACE).backward.default(*args)
+        gradients: tuple[Tensor, ...] = getattr(torch.ops, NAMESPACE).backward.default(*_nested(args))
         return gradients
 
     @staticmethod
@@ -41,21 +49,21 @@ class Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Gradient) -> tuple[Gradient, ...]:
         dout, dlse, _, _, *inputs = ctx.saved_tensors
-        *spec, _, needed = ctx.rest
+        spec, needed = ctx.rest[: -N_GRADIENTS - 1], ctx.rest[-N_GRADIENTS:]
         wanted = [*ctx.needs_input_grad]
         tangents = _where(needed, cotangents)
-        tout, tlse, *moved = Hvp.apply(dout, dlse, *tangents, *inputs, *spec, wanted[4 : 4 + N_GRADIENTS])
+        tout, tlse, *moved = Hvp.apply(dout, dlse, *tangents, *inputs, *spec, *wanted[4 : 4 + N_GRADIENTS])
         return *_where(wanted[:2], (tout, tlse)), None, None, *_of_inputs(ctx, 4, moved)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Gradient, ...]:
         dout, dlse, *others = ctx.saved_tensors
-        *spec, _, needed = ctx.rest
+        spec, needs = ctx.rest[: -N_GRADIENTS - 1], ctx.rest[-N_GRADIENTS:]
         tdout, tdlse, *moving = tangents[: 4 + N_GRADIENTS]
         moving = moving[2:]
         moved: list[Gradient] = [None] * N_GRADIENTS
         if any(x is not None for x in moving):
-            _, _, *moved = Hvp.apply(dout, dlse, *moving, *others[2:], *spec, needed)
+            _, _, *moved = Hvp.apply(dout, dlse, *moving, *others[2:], *spec, *needs)
         if tdout is not None or tdlse is not None:
             tdout = torch.zeros_like(dout) if tdout is None else tdout
             linear = Backward.apply(tdout, tdlse, *others, *ctx.rest)
@@ -88,11 +96,11 @@ class Jvp(torch.autograd.Function):
         linear: tuple[Gradient, ...] = (None,) * N_GRADIENTS
         if any(of_tangents):
             linear = _where(
-                of_tangents, Backward.apply(dout, dlse, out, lse, *inputs, *ctx.rest, of_tangents)
+                of_tangents, Backward.apply(dout, dlse, out, lse, *inputs, *ctx.rest, *of_tangents)
             )
         moved: tuple[Gradient, ...] = (None,) * N_GRADIENTS
         if any(of_inputs):
-            _, _, *moved = Hvp.apply(dout, dlse, *tangents, *inputs, *spec, of_inputs)
+            _, _, *moved = Hvp.apply(dout, dlse, *tangents, *inputs, *spec, *of_inputs)
         return None, None, *linear, *_of_inputs(ctx, 2 + N_GRADIENTS, moved)
 
     @staticmethod
@@ -110,7 +118,7 @@ class Hvp(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        moved: tuple[Tensor, ...] = _hvp_op(*args)
+        moved: tuple[Tensor, ...] = _hvp_op(*_nested(args))
         return moved
 
     @staticmethod
@@ -135,6 +143,11 @@ def _save(ctx: Any, args: tuple[Any, ...], n_tensors: int) -> None:
     ctx.save_for_backward(*args[:n_tensors])
     ctx.save_for_forward(*args[:n_tensors])
     ctx.set_materialize_grads(False)
+
+
+def _nested(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments as the operators take them: with a list of needs."""
+    return *args[:-N_GRADIENTS], list(args[-N_GRADIENTS:])
 
 
 def _where(needs: Any, gradients: Any) -> tuple[Gradient, ...]:
@@ -213,7 +226,7 @@ _jvp_op = define(
     f"({_TANGENTS}, {CALL}) -> (Tensor, Tensor)",
     _jvp,
     _allocate_jvp,
-    lambda *args: one_by_one(_jvp_op, *args),
+    lambda info, in_dims, *args: one_by_one(_jvp_op, info, in_dims, args),
 )
 _hvp_op = define(
     "hvp",
@@ -221,5 +234,5 @@ _hvp_op = define(
     f" -> ({', '.join(['Tensor'] * (2 + N_GRADIENTS))})",
     _hvp,
     _allocate_hvp,
-    lambda *args: one_by_one(_hvp_op, *args),
+    lambda info, in_dims, *args: one_by_one(_hvp_op, info, in_dims, args),
 )

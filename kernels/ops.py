@@ -22,7 +22,7 @@ from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
 from . import evidence, flops
-from .differentials import Backward, Jvp
+from .differentials import Jvp, differentiable_backward
 from .library import CALL, NAMESPACE, below_autograd, define
 from .spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs, Needs, like
 from .vmap import folded
@@ -38,26 +38,24 @@ _CHAINS = {
 
 
 Results = tuple[Tensor, Tensor, Tensor | None]
-"""(out, lse, max_logit) of forward, or their tangents. Where nobody wants max_logit it is None, or empty out of an operator."""
+"""(out, lse, max_logit) of forward, or their tangents. Where nobody wants max_logit it is None, or empty
+out of an operator."""
 
 
 def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> Results:
     """out and lse are differentiable twice in what `Gradients` has; lse is -inf for a row without keys."""
     q, k, v = inputs[:3]
-    function: Any = None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         _teach_counters()
-        function = _TransformableAttention
-    elif torch.is_grad_enabled() and (
+        return _TransformableAttention.apply(*inputs, *spec, impl)  # flat: vmap's rule counts every bool
+    if torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad
         or v.requires_grad
         or any(x is not None and x.requires_grad for x in inputs[3:N_GRADIENTS])
     ):
-        function = _Attention
-    if function is None:
-        return _call_forward(inputs, spec, impl)
-    return function.apply(*inputs, spec, impl)
+        return _Attention.apply(*inputs, spec, impl)
+    return _call_forward(inputs, spec, impl)
 
 
 def _call_forward(inputs: Inputs, spec: AttentionSpec, impl: str) -> Results:
@@ -108,7 +106,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         # Grad mode is on under create_graph: somebody may differentiate again, through q, k, v too.
         transformed = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        return _gradients(Backward.apply if transformed else _backward_op, ctx, dout, dlse)
+        return _gradients(differentiable_backward if transformed else _backward_op, ctx, dout, dlse)
 
 
 class _TransformableAttention(torch.autograd.Function):
@@ -118,16 +116,16 @@ class _TransformableAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Results:
-        *tensors, spec, impl = args
-        return _forward_op(*tensors, *spec, impl)
+        return _forward_op(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-        _save(ctx, inputs, output)
+        *call, impl = inputs
+        _save(ctx, (*call[:N_INPUTS], AttentionSpec(*call[N_INPUTS:]), impl), output)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        return _gradients(Backward.apply, ctx, dout, dlse)
+        return _gradients(differentiable_backward, ctx, dout, dlse)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Results:
@@ -156,7 +154,7 @@ def _gradients(
         dout = torch.zeros_like(out)
     grads = operator(dout, dlse, out, lse, *tensors, *ctx.spec, ctx.impl, needs)
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
-    return (*wanted, *(None,) * (N_INPUTS - N_GRADIENTS + 2))
+    return (*wanted, *(None,) * (len(ctx.needs_input_grad) - N_GRADIENTS))
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
