@@ -11,6 +11,8 @@ and why. Importing touches no device, file or global setting and imports no trit
 from .kernels.biases import ALiBi, RelativeBias
 from .kernels.explain import Explanation, explain
 from .kernels.functional import attention, scaled_dot_product_attention
+from .kernels.mask_algebra import Dense, Mask
+from .kernels.masks import Causal, Documents, FirstKeys, PrefixLM, Window, from_predicate
 from .kernels.merge import merge
 from .kernels.spec import AttentionStats
 from .kernels.weights import TopWeights, attention_weights
@@ -19,12 +21,20 @@ __version__ = "0.1.0"
 __all__ = [
     "ALiBi",
     "AttentionStats",
+    "Causal",
+    "Dense",
+    "Documents",
     "Explanation",
+    "FirstKeys",
+    "Mask",
+    "PrefixLM",
     "RelativeBias",
     "TopWeights",
+    "Window",
     "attention",
     "attention_weights",
     "explain",
+    "from_predicate",
     "merge",
     "scaled_dot_product_attention",
 ]

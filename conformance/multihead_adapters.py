@@ -46,6 +46,7 @@ def _attn_mask(problem: Problem) -> Tensor | None:
     """(batch * heads, seqlen_q, seqlen_k); of a boolean one True means hidden."""
     mask, bias = problem.options.get("mask"), problem.options.get("bias")
     assert bias is None or isinstance(bias, Tensor), "no ALiBi is claimed"
+    assert mask is None or isinstance(mask, Tensor), "no mask object is claimed"
     hidden = None if mask is None else ~mask
     if bias is not None:
         hidden = bias if hidden is None else bias.masked_fill(hidden, -torch.inf)

@@ -195,6 +195,7 @@ def _attn_mask(problem: Problem) -> Tensor | None:
     """PyTorch has one argument for both: a mask that is True where one may attend, a bias that is added."""
     mask, bias = problem.options.get("mask"), problem.options.get("bias")
     assert bias is None or isinstance(bias, Tensor), "no ALiBi is claimed"
+    assert mask is None or isinstance(mask, Tensor), "no mask object is claimed"
     if bias is None or mask is None:
         return mask if bias is None else bias
     return torch.where(mask, bias, -torch.inf)

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 TILE = 128
+_IN_WORDS = {
+    "ranges": "mask as intervals of keys",
+    "tiles": "mask as tiles",
+    "slopes": "ALiBi",
+    "table": "RelativeBias",
+}
 
 
 @dataclass(frozen=True)
@@ -138,10 +144,10 @@ def _describe(inputs: Inputs, spec: AttentionSpec) -> str:
         parts.append(f"window ({spec.left}, {spec.right}), {'top-left' if spec.top_left else 'bottom-right'}")
     given = [
         x
-        for x in ("mask", "key_lengths", "bias", "slopes", "table", "sinks")
+        for x in ("mask", "ranges", "tiles", "key_lengths", "bias", "slopes", "table", "sinks")
         if getattr(inputs, x) is not None
     ]
-    parts += [{"slopes": "ALiBi", "table": "RelativeBias"}.get(name, name) for name in given]
+    parts += [_IN_WORDS.get(name, name) for name in given]
     parts += [f"{name} {getattr(spec, name)}" for name in ("softcap", "dropout_p") if getattr(spec, name)]
     return "; ".join([*parts, f"scale {spec.scale:g}"])
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .mask_algebra import Mask
+from .masks import compiled
 from .spec import DEFAULTS, DTYPES, AttentionOptions, AttentionSpec, AttentionStats, Inputs
 from .tracing import constant_when_traced
 from .validation import as_bool, check_tensor, check_want, make_inputs, make_spec
@@ -75,7 +77,9 @@ def attention(
         causal: a query sees no key after its position.
         window: (left, right): the query at p sees keys p - left ... p + right, both ends included;
             None is unbounded. causal means right = 0.
-        mask: bool, True = may attend; broadcasts, right-aligned, to (batch, heads_q, seqlen_q, seqlen_k).
+        mask: bool, True = may attend; broadcasts, right-aligned, to (batch, heads_q, seqlen_q, seqlen_k). Or
+            a mask object: `Causal`, `Window`, `PrefixLM`, `Documents`, `FirstKeys`, `Dense`,
+            `from_predicate`, combined with & and |; most of them cost O(seqlen).
         key_lengths: int (batch,): keys at or past it are hidden; moves no position.
         bias: float, added to the scores in float32; broadcasts like mask; differentiable. Or `ALiBi(slopes)`,
             which adds -slope·|position - key|, or `RelativeBias(table)`, T5's, which no kernel takes yet;
@@ -92,7 +96,7 @@ def attention(
             does not depend on which other entries there are.
         precise: for 16-bit inputs, no rounding of out reaches backward's delta, rowsum(dout·out) = Σ P·dP:
             dq and dk keep their digits where values share a mean, for seven products instead of five.
-        check: also check values that live on the device (key_lengths); synchronises.
+        check: also check values that live on the device (key_lengths, what masks hold); synchronises.
         impl: "auto", "reference", "fallback" or "triton". None: the environment variable UNDIVIDED_IMPL,
             else "auto", which never raises for valid input; an order that cannot be followed raises.
 
@@ -182,9 +186,10 @@ def prepare(
         q, k, v = (
             x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v)
         )
-    inputs = make_inputs(q, k, v, filled)
+    mask = filled["mask"]
+    inputs = make_inputs(q, k, v, {**filled, "mask": None} if isinstance(mask, Mask) else filled)
     tf32 = q.is_cuda and q.dtype == torch.float32 and _tf32_allowed()
-    return inputs, make_spec(
+    spec = make_spec(
         q.shape[-1],
         filled,
         top_left=top_left,
@@ -192,6 +197,7 @@ def prepare(
         want_lse="lse" in want,
         want_max="max_logit" in want,
     )
+    return compiled(mask, inputs, spec, check=filled["check"]) if isinstance(mask, Mask) else (inputs, spec)
 
 
 def _run(inputs: Inputs, spec: AttentionSpec, impl: str | None) -> AttentionStats:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .biases import Biases
+    from .mask_algebra import Mask
 
 IMPLEMENTATIONS = ("reference", "fallback", "triton")
 STATISTICS = ("lse", "max_logit")
@@ -26,7 +27,7 @@ class AttentionOptions(TypedDict, total=False):
 
     causal: bool
     window: tuple[int | None, int | None] | None
-    mask: Tensor | None
+    mask: Tensor | Mask | None
     key_lengths: Tensor | None
     bias: Biases
     softcap: float | None

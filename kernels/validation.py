@@ -35,6 +35,7 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
     bias, slopes, table = _split_biases(options["bias"], q, target)
     if mask is not None:
         check_tensor("mask", mask, q.device)
+        assert isinstance(mask, Tensor)
         if mask.dtype != torch.bool:
             raise TypeError(
                 f"mask must be a bool tensor (True = may attend), got {mask.dtype}; "

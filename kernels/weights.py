@@ -155,6 +155,7 @@ def _weights(inputs: Inputs, lse: Tensor, spec: AttentionSpec, heads: list[int],
     own = inputs._replace(
         q=inputs.q[:, heads], k=inputs.k[:, [head // group for head in heads]],
         bias=_of_heads(inputs.bias, heads), mask=_of_heads(inputs.mask, heads),
+        tiles=_of_heads(inputs.tiles, heads),
     )  # fmt: skip
     lse = lse[:, heads][:, :, rows, None]
     with torch.autocast(lse.device.type, enabled=False):

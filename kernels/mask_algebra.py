@@ -1,0 +1,413 @@
+"""The algebra of mask objects: what every mask can be asked, and what & and | make of the answers."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import mask_tiles
+from .mask_intervals import Interval, Rows, band, holds, intersected, united
+from .mask_tiles import Tiles
+from .validation import check_tensor
+from .visibility import block_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_T = TypeVar("_T")
+_KEPT = 4
+"""Kinds of calls whose tiles a mask remembers."""
+
+
+class Band(NamedTuple):
+    """Keys p - left ... p + right of the query at p; None = unbounded."""
+
+    left: int | None = None
+    right: int | None = None
+
+    def intersected(self, other: Band) -> Band:
+        return Band(*(b if a is None else a if b is None else min(a, b) for a, b in zip(self, other)))
+
+    def united(self, other: Band) -> Band:
+        """The hull: both hold p itself, so that no key between the two is in neither."""
+        return Band(*(None if a is None or b is None else max(a, b) for a, b in zip(self, other)))
+
+
+class Call(NamedTuple):
+    """What a mask is asked about: sizes of a call, and where query 0 stands. packed: batch is the number of
+    sequences, seqlen_q and seqlen_k are those of all."""
+
+    batch: int
+    heads: int
+    seqlen_q: int
+    seqlen_k: int
+    shift: int
+    device: torch.device
+    packed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the scores."""
+        return self.batch, self.heads, self.seqlen_q, self.seqlen_k
+
+
+UNBOUNDED = Band()
+
+
+class Mask:
+    """Who sees whom. `a & b`: what both show; `a | b`: what either shows; a bool tensor beside a mask becomes
+    `Dense`.
+
+    Cheap to make, in every step: what costs, tiles, is made when first used, and kept while the same object
+    is used for calls of the same sizes. Positions are those of the call: query i stands at
+    i + (seqlen_k - seqlen_q), or at i where the mask has a `Causal(align="top-left")`.
+    """
+
+    def __and__(self, other: Mask | Tensor) -> Mask:
+        return _joined(And, self, other)
+
+    def __rand__(self, other: Tensor) -> Mask:
+        return _joined(And, other, self)
+
+    def __or__(self, other: Mask | Tensor) -> Mask:
+        return _joined(Or, self, other)
+
+    def __ror__(self, other: Tensor) -> Mask:
+        return _joined(Or, other, self)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The mask with its tensors there; what a predicate holds stays where it is."""
+        raise NotImplementedError
+
+    def to_dense(
+        self,
+        seqlen_q: int,
+        seqlen_k: int,
+        *,
+        batch: int | None = None,
+        heads: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Element by element: bool, four axes that broadcast to (batch, heads, seqlen_q, seqlen_k).
+
+        batch, heads: by default as many as the mask's tensors have, or 1. device: theirs, or the CPU.
+
+        Raises:
+            ValueError: the mask is not for these sizes.
+        """
+        call = self._call(seqlen_q, seqlen_k, batch, heads, device)
+        shown = self._asked(call)(slice(0, seqlen_q), slice(0, seqlen_k))
+        return shown.expand(*shown.shape[:2], seqlen_q, seqlen_k).contiguous()
+
+    def density(
+        self,
+        seqlen_q: int,
+        seqlen_k: int,
+        *,
+        batch: int | None = None,
+        heads: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> float:
+        """The visible fraction of all scores; arguments as for `to_dense`. Synchronises."""
+        call = self._call(seqlen_q, seqlen_k, batch, heads, device)
+        shown = self._asked(call)
+        if 0 in call.shape:
+            return 0.0
+        planes = shown(slice(0, 1), slice(0, 1)).shape[:2].numel()
+        return mask_tiles.count(shown, seqlen_q, seqlen_k) / (planes * seqlen_q * seqlen_k)
+
+    def plot(
+        self,
+        seqlen_q: int,
+        seqlen_k: int,
+        *,
+        entry: int = 0,
+        head: int = 0,
+        batch: int | None = None,
+        heads: int | None = None,
+        ax: Any = None,
+    ) -> Any:
+        """Draw which tiles of scores are skipped, whole and partial, for one batch entry and head.
+
+        ax: matplotlib's Axes to draw on; a new figure's if None. Returns it.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed; says how to get it.
+        """
+        from .mask_plot import draw
+
+        call = self._call(seqlen_q, seqlen_k, batch, heads, None)
+        tiles = self._tiles(call).tiles
+        chosen = (min(i, n - 1) for i, n in zip((entry, head), tiles.shape))
+        return draw(tiles[tuple(chosen)], seqlen_q, seqlen_k, repr(self), ax)
+
+    @staticmethod
+    def from_block_mask(block_mask: Any) -> Mask:
+        """A `BlockMask` of torch.nn.attention.flex_attention: its mask_mod, and the blocks it lists."""
+        from .mask_converters import from_block_mask
+
+        return from_block_mask(block_mask)
+
+    @staticmethod
+    def from_flash_attention(
+        *, causal: bool = False, window_size: tuple[int | None, int | None] = (-1, -1)
+    ) -> Mask:
+        """What flash_attn means by these arguments: -1 and None are unbounded, the last query sees the last
+        key."""
+        from .mask_converters import from_flash_attention
+
+        return from_flash_attention(causal=causal, window_size=window_size)
+
+    @staticmethod
+    def from_transformers(attention_mask: Tensor | None) -> Mask | None:
+        """A mask of Hugging Face transformers; None hides nothing and stays None.
+
+        attention_mask: (batch, seqlen_k), 1 = a key to be seen; or four axes, bool (True = may attend) or
+        float, 0 where visible and the dtype's lowest number or -inf where hidden.
+
+        Raises:
+            ValueError: another shape, or other values, for which a float mask is read: that synchronises.
+        """
+        from .mask_converters import from_transformers
+
+        return from_transformers(attention_mask)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_built"}
+
+    def _atoms(self) -> tuple[Atom, ...]:
+        """What it is made of."""
+        raise NotImplementedError
+
+    def _band(self) -> Band | None:
+        """The same by arithmetic, if that can be."""
+        return None
+
+    def _intervals(self, rows: Rows) -> list[Interval] | None:
+        """Disjoint intervals of keys of each row, at most two, if that can be."""
+        return None
+
+    def _shown(self, rows: Rows, cols: slice) -> Tensor:
+        """Element mask of a block of a dense call: bool, broadcasts to (batch, heads, rows, cols)."""
+        raise NotImplementedError
+
+    def _fits(self, call: Call, check: bool = False) -> None:
+        """Raise if the mask is not for such a call; with `check`, look at values too."""
+        for atom in self._atoms():
+            for x in atom._tensors():
+                check_tensor(f"the tensor of {type(atom).__name__}", x, call.device)
+            atom._fits_atom(call)
+            if check:
+                atom._check_values(call)
+
+    def _alignment(self) -> str | None:
+        """Where its positions have to be counted from, if it says so: "bottom-right" or "top-left".
+
+        Raises:
+            ValueError: it says both.
+        """
+        return None
+
+    def _call(
+        self,
+        seqlen_q: int,
+        seqlen_k: int,
+        batch: int | None,
+        heads: int | None,
+        device: torch.device | str | None,
+    ) -> Call:
+        """The call that the arguments of `to_dense` mean."""
+        tensors = [x for atom in self._atoms() for x in atom._tensors()]
+        planes = [atom._planes() for atom in self._atoms()]
+        if device is None:
+            device = tensors[0].device if tensors else "cpu"
+        shift = 0 if self._alignment() == "top-left" else seqlen_k - seqlen_q
+        call = Call(
+            max(n for n, _ in planes) if batch is None else batch,
+            max(n for _, n in planes) if heads is None else heads,
+            seqlen_q,
+            seqlen_k,
+            shift,
+            torch.device(device),
+        )
+        self._fits(call)
+        return call
+
+    def _asked(self, call: Call, within: Band = UNBOUNDED) -> mask_tiles.Shown:
+        """Element masks of blocks of a dense call: what the mask and a band both show."""
+
+        def shown(rows: slice, cols: slice) -> Tensor:
+            place = Rows.between(rows, call.shift, call.seqlen_k, call.batch, call.heads, call.device)
+            shown = self._shown(place, cols)
+            shown = shown[(None,) * (4 - shown.ndim)]
+            return (
+                shown if within == UNBOUNDED else shown & holds([band(*within, place)], place.columns(cols))
+            )
+
+        return shown
+
+    def _tiles(self, call: Call, within: Band = UNBOUNDED) -> Tiles:
+        """Tiles of what the mask and a band both show; kept until a tensor in it changes."""
+        versions = tuple(0 if x.is_inference() else x._version for a in self._atoms() for x in a._tensors())
+        kept: dict[Any, Tiles] = vars(self).setdefault("_built", {})
+        key = (call, within, versions)
+        if key not in kept:
+            while len(kept) >= _KEPT:
+                kept.pop(next(iter(kept)))
+            with torch.inference_mode(False):  # a later call may save them for its backward
+                kept[key] = mask_tiles.build(
+                    self._asked(call, within), call.seqlen_q, call.seqlen_k, call.device
+                )
+        return kept[key]
+
+
+class Atom(Mask):
+    """A mask that is not made of others: a frozen dataclass."""
+
+    def to(self, device: torch.device | str) -> Self:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        moved = {name: x.to(device) for name, x in moved.items() if isinstance(x, Tensor)}
+        return replace(self, **moved) if moved else self  # type: ignore[type-var]
+
+    def _atoms(self) -> tuple[Atom, ...]:
+        return (self,)
+
+    def _tensors(self) -> list[Tensor]:
+        given = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+        return [x for x in given if isinstance(x, Tensor)]
+
+    def _planes(self) -> tuple[int, int]:
+        """Batch entries and heads that it is for, 1 for any."""
+        return 1, 1
+
+    def _fits_atom(self, call: Call) -> None:
+        """Raise if its sizes are not those of the call."""
+
+    def _check_values(self, call: Call) -> None:
+        """Raise if a tensor holds what it may not."""
+
+    def _shown(self, rows: Rows, cols: slice) -> Tensor:
+        intervals = self._intervals(rows)
+        assert intervals is not None
+        return holds(intervals, rows.columns(cols))
+
+
+class Joined(Mask):
+    """Several masks under one operator."""
+
+    sign: str
+
+    def __init__(self, parts: tuple[Mask, ...]) -> None:
+        self.parts = parts
+
+    def __repr__(self) -> str:
+        shown = (f"({part!r})" if isinstance(part, Joined) else repr(part) for part in self.parts)
+        return f" {self.sign} ".join(shown)
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(tuple(part.to(device) for part in self.parts))
+
+    def _atoms(self) -> tuple[Atom, ...]:
+        return tuple(atom for part in self.parts for atom in part._atoms())
+
+    def _alignment(self) -> str | None:
+        found = {part._alignment() for part in self.parts} - {None}
+        if len(found) > 1:
+            raise ValueError("mask must have one alignment, got a Causal of each: bottom-right, top-left")
+        return found.pop() if found else None
+
+
+class And(Joined):
+    """What all parts show."""
+
+    sign = "&"
+
+    def _band(self) -> Band | None:
+        bands = _all_of([part._band() for part in self.parts])
+        return None if bands is None else functools.reduce(Band.intersected, bands)
+
+    def _intervals(self, rows: Rows) -> list[Interval] | None:
+        parts = _all_of([part._intervals(rows) for part in self.parts])
+        if parts is None:
+            return None
+        found: list[Interval] | None = parts[0]
+        for part in parts[1:]:
+            found = None if found is None else intersected(found, part)
+        return found
+
+    def _shown(self, rows: Rows, cols: slice) -> Tensor:
+        return functools.reduce(torch.logical_and, (part._shown(rows, cols) for part in self.parts))
+
+
+class Or(Joined):
+    """What any part shows."""
+
+    sign = "|"
+
+    def _band(self) -> Band | None:
+        bands = _all_of([part._band() for part in self.parts])
+        return None if bands is None else functools.reduce(Band.united, bands)
+
+    def _intervals(self, rows: Rows) -> list[Interval] | None:
+        bands = [found for part in self.parts if (found := part._band()) is not None]
+        parts = _all_of([part._intervals(rows) for part in self.parts if part._band() is None])
+        if parts is None:
+            return None
+        given = [interval for part in parts for interval in part]
+        return united([*given, band(*functools.reduce(Band.united, bands), rows)] if bands else given)
+
+    def _shown(self, rows: Rows, cols: slice) -> Tensor:
+        return functools.reduce(torch.logical_or, (part._shown(rows, cols) for part in self.parts))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dense(Atom):
+    """A bool tensor, True = may attend; broadcasts, right-aligned, to (batch, heads, seqlen_q, seqlen_k)."""
+
+    tensor: Tensor
+
+    def __post_init__(self) -> None:
+        check_tensor("the tensor of Dense", self.tensor)
+        if self.tensor.dtype != torch.bool:
+            raise TypeError(f"the tensor of Dense must be bool (True = may attend), got {self.tensor.dtype}")
+
+    def __repr__(self) -> str:
+        return f"Dense({described(self.tensor)})"
+
+    def _planes(self) -> tuple[int, int]:
+        return self._four_axes().shape[0], self._four_axes().shape[1]
+
+    def _fits_atom(self, call: Call) -> None:
+        shape = self.tensor.shape
+        if len(shape) > 4 or any(a not in (1, b) for a, b in zip(reversed(shape), reversed(call.shape))):
+            raise ValueError(
+                "the tensor of Dense must broadcast, right-aligned, to (batch, heads_q, seqlen_q, seqlen_k) "
+                f"= {call.shape}, got shape {tuple(shape)}"
+            )
+
+    def _shown(self, rows: Rows, cols: slice) -> Tensor:
+        return block_of(self._four_axes(), rows.number[0], cols)
+
+    def _four_axes(self) -> Tensor:
+        return self.tensor[(None,) * (4 - self.tensor.ndim)]
+
+
+def _joined(kind: type[And] | type[Or], *operands: Mask | Tensor) -> Mask:
+    """NotImplemented, and so a TypeError, for what is neither a mask nor a tensor."""
+    if not all(isinstance(x, (Mask, Tensor)) for x in operands):
+        return NotImplemented
+    masks = [Dense(x) if isinstance(x, Tensor) else x for x in operands]
+    return kind(tuple(part for x in masks for part in (x.parts if isinstance(x, kind) else (x,))))
+
+
+def _all_of(found: list[_T | None]) -> list[_T] | None:
+    given = [x for x in found if x is not None]
+    return given if len(given) == len(found) else None
+
+
+def described(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
