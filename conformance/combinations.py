@@ -23,7 +23,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "mask": {
         "no mask": {},
         "mask": {"mask": Extra()},
-        "mask of rows": {"mask": Extra("empty_rows", "q")},
+        "mask of rows": {"mask": Extra("empty_rows", "qk")},
         "mask of columns": {"mask": Extra("empty_columns", "hk")},
         "left padding": {"mask": Extra("padding_left", "bk")},
         "mask of entries": {"mask": Extra("first_entry_empty", "bk")},

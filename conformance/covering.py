@@ -62,7 +62,7 @@ def _completed(
     row: Row, factors: Factors, good: set[Pair], missing: set[Pair], draw: Callable[[], float]
 ) -> Row:
     """One factor after the other, in any order, gets the level that covers most."""
-    for factor in sorted(factors.keys() - row, key=lambda factor: (draw(), factor)):
+    for factor in sorted((f for f in factors if f not in row), key=lambda _: draw()):
         met = {level: {frozenset(((factor, level), x)) for x in row.items()} for level in factors[factor]}
         gains = {level: len(new & missing) + draw() for level, new in met.items() if new <= good}
         row[factor] = max(gains, key=gains.__getitem__)
