@@ -66,6 +66,9 @@ def choose(impl: str | None, inputs: Inputs, spec: AttentionSpec) -> str:
 def run(inputs: Inputs, spec: AttentionSpec, impl: str) -> AttentionStats:
     """out, lse and max_logit, if the spec wants it, by what `choose` returned."""
     max_logit: Tensor | None
+    if inputs.sinks is not None and spec.want_lse:  # read twice: gradients are added before they are rounded
+        wide = torch.promote_types(inputs.sinks.dtype, torch.float32)
+        inputs = inputs._replace(sinks=inputs.sinks.to(wide))
     if impl == "reference":
         out, lse = reference.attention(inputs, spec)
         max_logit = reference.max_logit(inputs, spec) if spec.want_max else None

@@ -117,3 +117,15 @@ def test_wrong_sinks(sinks: Any, error: type[Exception], words: str) -> None:
     q, k, v, _ = tensors(torch.device("cpu"))
     with pytest.raises(error, match=words):
         attention(q, k, v, sinks=sinks)
+
+
+def test_both_parts_of_a_gradient_are_rounded_once() -> None:
+    """Rows with keys and rows without give a sink its gradient on two ways: three roundings to 16 bits."""
+    sinks = torch.zeros(1, dtype=torch.float16, requires_grad=True)
+    q, k, v = torch.zeros(3, 2, 1, 1, 1, dtype=torch.float16)
+    lengths = torch.tensor([0, 1])
+    stats = attention(q, k, v, key_lengths=lengths, sinks=sinks, want=("lse",), impl="fallback")
+    # 2049 of the row without keys and half of 1.2: 2050 in float16, where 2049 alone is 2048
+    stats.lse.backward(torch.tensor([2049.0, 1.2]).view(2, 1, 1))
+    assert sinks.grad is not None
+    assert sinks.grad.tolist() == [2050.0]
