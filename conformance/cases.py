@@ -59,6 +59,7 @@ class Case:
     relative: tuple[int, bool] | None = None
     dropout_p: float = 0.0
     precise: bool = False
+    batch_invariant: bool = False
     scale: float | None = None
     layout: str = "bhsd"
     distribution: str = "randn"
@@ -83,7 +84,7 @@ class Case:
 
         options: AttentionOptions = {"causal": self.causal, "window": self.window, "softcap": self.softcap}
         options |= {"scale": self.scale, "dropout_p": self.dropout_p, "seed": 2**40 + seed}
-        options |= {"precise": self.precise}
+        options |= {"precise": self.precise, "deterministic": "batch" if self.batch_invariant else None}
         if self.key_lengths is not None:
             lengths = list(itertools.islice(itertools.cycle(self.key_lengths), self.batch))
             lengths = [n if n >= 0 else self.seqlen_k + n for n in lengths]
@@ -145,6 +146,24 @@ class Problem(NamedTuple):
         """The same problem with change(x) for each of its tensors x."""
         options = {name: _changed(x, change) for name, x in self.options.items()}
         q, k, v, dout, dlse = map(change, (*self[:3], self.dout, self.dlse))
+        return Problem(q, k, v, cast(AttentionOptions, options), dout, dlse, self.top_left)
+
+    def of_entries(self, entries: list[int]) -> Problem:
+        """The problem of some batch entries, in that order."""
+        batch = self.q.shape[0]
+
+        def chosen(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(map(chosen, x))
+            if isinstance(x, ALiBi):
+                return ALiBi(x.slopes[entries]) if x.slopes.ndim == 2 and len(x.slopes) == batch else x
+            return x[entries] if isinstance(x, Tensor) and x.ndim == 4 and x.shape[0] == batch else x
+
+        options = {name: chosen(x) for name, x in self.options.items()}
+        lengths = self.options.get("key_lengths")
+        if lengths is not None:
+            options["key_lengths"] = lengths[entries]
+        q, k, v, dout, dlse = (x[entries] for x in (*self[:3], self.dout, self.dlse))
         return Problem(q, k, v, cast(AttentionOptions, options), dout, dlse, self.top_left)
 
     def has_empty_rows(self) -> bool:

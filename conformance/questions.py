@@ -91,6 +91,12 @@ _KINDS = (
     Kind("inputs stay as they are", safety.leaves_inputs_alone, CANARIES),
     Kind("the same bits again", safety.repeats, CANARIES, claim="deterministic"),
     Kind(
+        "the same bits in any batch",
+        safety.same_in_any_batch,
+        tuple(replace(case, batch=3, batch_invariant=True) for case in CANARIES),
+        claim="batch_invariant",
+    ),
+    Kind(
         "batch entries are independent",
         safety.keeps_entries_apart,
         tuple(replace(case, batch=2) for case in CANARIES),

@@ -99,6 +99,17 @@ def repeats(target: Target, problem: Problem) -> Outcome:
     return Outcome([], {})
 
 
+def same_in_any_batch(target: Target, problem: Problem) -> Outcome:
+    """Tiles sized, or keys split, by what the batch has to do: answers change with the load."""
+    results = evaluate(target, problem)
+    for entry in range(problem.q.shape[0]):
+        alone = evaluate(target, problem.of_entries([entry]))
+        for name, x, y in zip(Results._fields[:5], results, alone):
+            of_entry = None if x is None else x[entry : entry + 1]
+            require(_same(of_entry, y), f"other bits of {name} alone than in a batch")
+    return Outcome([], {})
+
+
 def keeps_entries_apart(target: Target, problem: Problem) -> Outcome:
     """NaN in every batch entry but the first, which must not notice."""
 

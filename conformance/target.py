@@ -30,7 +30,8 @@ class Capabilities:
     which is differentiable. dropout: with an int seed; the elements it drops are those of this package
     (`same_dropout`) or its own. empty: sizes of 0. any_bias_dtype: bias may have another float dtype than
     q. precise: if asked, no rounding of out reaches backward's delta. deterministic: the same call gives the
-    same bits. compiles: it can be traced, with fake tensors too. arithmetic: see `budget`.
+    same bits. batch_invariant: with deterministic="batch" those of a batch entry depend on no other one,
+    nor on its place. compiles: it can be traced, with fake tensors too. arithmetic: see `budget`.
     """
 
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
@@ -66,6 +67,7 @@ class Capabilities:
     lse: bool = False
     lse_gradient: bool = False
     deterministic: bool = True
+    batch_invariant: bool = False
     compiles: bool = False
 
 
@@ -140,6 +142,7 @@ class Target:
             "alibi": claims.alibi or not case.alibi,
             "relative_bias": claims.relative_bias or case.relative is None,
             "dropout": claims.same_dropout or case.dropout_p == 0.0,
+            "batch_invariant": claims.batch_invariant or not case.batch_invariant,
             "precise": claims.precise or not case.precise,
             "empty_rows": claims.empty_rows or not case.build(torch.float32).has_empty_rows(),
         }
@@ -150,8 +153,8 @@ def target(function: Callable[..., Any], name: str | None = None, **capabilities
     """A function `fn(q, k, v, **options) -> out or (out, lse)` with this package's names and layout.
 
     Only the options that a problem has are passed, out of `undivided.attention`'s: causal, window, mask,
-    key_lengths, bias, softcap, sinks, scale, dropout_p, seed and precise. q, k, v: (batch, heads, seqlen,
-    head_dim). capabilities: fields of `Capabilities`.
+    key_lengths, bias, softcap, sinks, scale, dropout_p, seed, precise and deterministic. q, k, v: (batch,
+    heads, seqlen, head_dim). capabilities: fields of `Capabilities`.
 
     Raises:
         TypeError: an unknown capability.
@@ -184,6 +187,7 @@ class ClaimError(ValueError):
 
 
 NEEDS = {
+    "batch_invariant": ("batch",),
     "mask_and_causal": ("mask",),
     "any_bias_dtype": ("bias",),
     "bias_gradient": ("bias", "backward"),

@@ -171,7 +171,7 @@ def _max_logit(inputs: Inputs, spec: AttentionSpec) -> Tensor:
 
 def _whole_block(inputs: Inputs, spec: AttentionSpec, engine: Engine) -> Block | None:
     """The whole problem as a block, if the operator takes it as it is; small calls are in a hurry."""
-    if engine is not FlashEngine or not FlashEngine.takes_whole(inputs, spec):
+    if engine is not FlashEngine or spec.batch_invariant or not FlashEngine.takes_whole(inputs, spec):
         return None
     q, k, v = inputs[:3]
     if q.element_size() == 2 and not FlashEngine.stays_narrow(inputs, spec):

@@ -12,7 +12,7 @@ from torch import Tensor
 from .fallback_band import Band
 from .fallback_blocks import FlashEngine, MatmulEngine
 from .fallback_plan import Run, Strip, plan, runs
-from .spec import AttentionSpec, Inputs
+from .spec import AttentionSpec, Inputs, of_entries
 from .visibility import visible
 
 Engine = type[FlashEngine] | type[MatmulEngine]
@@ -39,11 +39,11 @@ def problems(
 ) -> Iterator[Problem]:
     """Cut the batch; poison: tensors whose NaN or Inf hidden keys could carry on."""
     seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
-    for entries, own, stop in _by_length(inputs):
+    for entries, own, stop in _by_length(inputs, spec):
         masked = any(x is not None for x in (own.mask, own.ranges, own.tiles, own.key_lengths))
         asked = spec, seqlen_q, seqlen_k, stop, masked, engine.limits(own, spec)
         strips = plan(*asked)
-        seen = _seen(own, spec, strips) if masked and not _harmless(poison) else None
+        seen = _seen(own, spec, strips) if masked and not _harmless([x[entries] for x in poison]) else None
         nothing_added = all(x is None for x in (own.bias, own.slopes, own.table))
         is_band = engine is FlashEngine and not masked and nothing_added
         yield Problem(
@@ -51,37 +51,31 @@ def problems(
         )
 
 
-def _harmless(tensors: tuple[Tensor, ...]) -> bool:
+def _harmless(tensors: list[Tensor]) -> bool:
     """Whether all are finite, as far as that can be known without synchronising."""
     return tensors[0].device.type == "cpu" and all(bool(x.sum(dtype=_wide(x)).isfinite()) for x in tensors)
 
 
-def _by_length(inputs: Inputs) -> Iterator[tuple[slice, Inputs, int]]:
+def _by_length(inputs: Inputs, spec: AttentionSpec) -> Iterator[tuple[slice, Inputs, int]]:
     """Runs of batch entries with equal key_lengths, without them, and that length.
 
     Keys past the length are then never touched. Elsewhere than on a CPU reading lengths would
-    synchronise: they stay a mask.
+    synchronise: they stay a mask. With `batch_invariant` each entry is alone: sizes of blocks, and how
+    PyTorch's operators share work among threads, depend on how many entries there are.
     """
-    seqlen_k = inputs.k.shape[2]
-    if inputs.key_lengths is None or inputs.q.device.type != "cpu":
+    batch, seqlen_k = inputs.q.shape[0], inputs.k.shape[2]
+    lengths = [seqlen_k] * batch
+    readable = inputs.key_lengths is not None and inputs.q.device.type == "cpu"
+    if inputs.key_lengths is not None and readable:
+        lengths = inputs.key_lengths.clamp(0, seqlen_k).tolist()
+    elif not spec.batch_invariant:
         yield slice(None), inputs, seqlen_k
         return
-    start = 0
-    for length, run in itertools.groupby(inputs.key_lengths.clamp(0, seqlen_k).tolist()):
-        entries = slice(start, start + len(list(run)))
-        start = entries.stop
-        own = inputs._replace(
-            q=inputs.q[entries],
-            k=inputs.k[entries],
-            v=inputs.v[entries],
-            bias=None if inputs.bias is None else entries_of(inputs.bias, entries),
-            slopes=None if inputs.slopes is None else entries_of(inputs.slopes, entries),
-            mask=None if inputs.mask is None else entries_of(inputs.mask, entries),
-            ranges=None if inputs.ranges is None else entries_of(inputs.ranges, entries),
-            tiles=None if inputs.tiles is None else entries_of(inputs.tiles, entries),
-            key_lengths=None,
-        )
-        yield entries, own, length
+    alike = itertools.groupby(range(batch), None if spec.batch_invariant else lengths.__getitem__)
+    for run in ([*entries] for _, entries in alike):
+        entries = slice(run[0], run[-1] + 1)
+        own = of_entries(inputs, entries)
+        yield entries, own._replace(key_lengths=None) if readable else own, lengths[run[0]]
 
 
 def _seen(inputs: Inputs, spec: AttentionSpec, strips: tuple[Strip, ...]) -> Tensor:

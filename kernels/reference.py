@@ -6,12 +6,14 @@ Nothing falls back to it. Ordinary autograd differentiates it, to any order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from .biases import distances, looked_up
 from .philox import keep_mask
-from .spec import AttentionSpec, Inputs
+from .spec import AttentionSpec, Inputs, of_entries
 from .visibility import visible
 
 
@@ -20,8 +22,11 @@ def attention(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
 
     s = softcap·tanh(scale·q·kᵀ/softcap) + bias; p = softmax over visible keys and the sink;
     out = dropout(p)·v. Computes in float32, or float64 for float64 inputs; out has q's dtype. lse is -inf for
-    a row that sees no key.
+    a row that sees no key. With `batch_invariant` entries are computed one by one.
     """
+    if spec.batch_invariant and inputs.q.shape[0] > 1:
+        out, lse = (torch.cat(x) for x in zip(*(attention(*alone) for alone in _entries(inputs, spec))))
+        return out, lse
     s, v = _scores_and_values(inputs, spec)
     alive = ~(s == -torch.inf).all(-1, keepdim=True)
     s = torch.where(alive, s, 0.0)
@@ -40,6 +45,8 @@ def attention(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
 
 def max_logit(inputs: Inputs, spec: AttentionSpec) -> Tensor:
     """Each row's largest score, (batch, heads_q, seqlen_q); -inf for a row that sees no key. No gradient."""
+    if spec.batch_invariant and inputs.q.shape[0] > 1:
+        return torch.cat([max_logit(*alone) for alone in _entries(inputs, spec)])
     s = _scores_and_values(inputs, spec)[0].detach()
     return s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], -torch.inf)
 
@@ -69,6 +76,12 @@ def _scores_and_values(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Ten
     if inputs.table is not None:
         s = s + looked_up(inputs, spec).to(wide)
     return s if ok is None else torch.where(ok, s, -torch.inf), v
+
+
+def _entries(inputs: Inputs, spec: AttentionSpec) -> Iterator[tuple[Inputs, AttentionSpec]]:
+    """Each batch entry as a problem of its own."""
+    for i in range(inputs.q.shape[0]):
+        yield of_entries(inputs, slice(i, i + 1)), spec._replace(first_entry=spec.first_entry + i)
 
 
 def _dropout(p: Tensor, inputs: Inputs, spec: AttentionSpec) -> Tensor:

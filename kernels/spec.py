@@ -173,6 +173,20 @@ class AttentionStats(NamedTuple):
     max_logit: Tensor | None = None
 
 
+_OF_ALL_ENTRIES = ("sinks", "table", "bits", "spans_q", "spans_k", "seed")
+
+
+def of_entries(inputs: Inputs, entries: slice) -> Inputs:
+    """The problem of some batch entries, as views; what all share has a batch axis of 1, and stays."""
+    batch = inputs.q.shape[0]
+    return Inputs(
+        **{
+            name: x if x is None or name in _OF_ALL_ENTRIES or x.shape[0] != batch else x[entries]
+            for name, x in inputs._asdict().items()
+        }
+    )
+
+
 def like(x: Tensor, head_dim: int) -> Tensor:
     """Uninitialised (batch, heads, seqlen, head_dim) in x's physical order, dense.
 

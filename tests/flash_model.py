@@ -24,6 +24,13 @@ class Flash:
     tile = 16
 
     def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        if problem.options.get("deterministic") == "batch":
+            alone = (problem.of_entries([entry]) for entry in range(problem.q.shape[0]))
+            out, lse = (torch.cat(x) for x in zip(*map(self._attend, alone)))
+            return out, lse
+        return self._attend(problem)
+
+    def _attend(self, problem: Problem) -> tuple[Tensor, Tensor]:
         inputs, spec = problem.prepared()
         out, lse = _Call.apply(self, inputs, self.read(spec), *inputs[:N_GRADIENTS])
         return out, lse if inputs.sinks is None else lse_of_empty_rows(lse, inputs.sinks)

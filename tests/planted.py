@@ -59,6 +59,12 @@ class SumsInAnyOrder(Flash):
         return [tiles[i] for i in torch.randperm(len(tiles))]
 
 
+class TileFromBatch(Flash):
+    def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        self.tile = 16 // problem.q.shape[0]
+        return super().__call__(problem)
+
+
 class ScoresRounded(Flash):
     def scores(
         self, q: Tensor, k: Tensor, inputs: Inputs, spec: AttentionSpec
@@ -362,6 +368,9 @@ BUGS = {
         check="nothing outside is written",
     ),
     "sums in any order": Bug(SumsInAnyOrder(), PLAIN, "other bits", check="the same bits again"),
+    "tile size from the batch": Bug(
+        TileFromBatch(), PLAIN, "alone than in a batch", check="the same bits in any batch"
+    ),
 }
 
 UNSEEN = (
@@ -370,6 +379,7 @@ UNSEEN = (
     "reads past the end",
     "writes past the end",
     "sums in any order",
+    "tile size from the batch",
 )
 """Bugs that change no value of an ordinary call."""
 
