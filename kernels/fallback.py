@@ -1,7 +1,8 @@
 """Attention in plain PyTorch, memory linear in the sequence: for CPUs and whatever no kernel takes.
 
 `fallback_problems` says which blocks of the score matrix there are, `fallback_blocks` computes one; here
-they are cut out of the inputs, merged by their lse, and their gradients summed.
+they are cut out of the inputs, merged by their lse, and their gradients summed. On a GPU too no operator is
+called that adds up in any order; of cuBLAS that holds on one stream, or with CUBLAS_WORKSPACE_CONFIG set.
 """
 
 from __future__ import annotations
