@@ -92,8 +92,8 @@ def attention(
         scale: any number up to 2**60 in magnitude; 1/sqrt(head_dim) by default.
         dropout_p: probability of dropping a weight, in [0, 1]; the others grow by 1/(1 - dropout_p).
         seed: int or int64 tensor that decides which are dropped; drawn from PyTorch's generator if None.
-        deterministic: the same call gives the same bits, whatever is asked (of the reference on a GPU, as far as
-            PyTorch's operators do). "batch": nor does what a batch entry gives, out, statistics, dq, dk and dv,
+        deterministic: the same call gives the same bits, whatever is asked (of the reference on a GPU, as far
+            as PyTorch's operators do). "batch": nor does what an entry gives (out, statistics, dq, dk, dv)
             depend on which other entries there are or on its place, but for what dropout keeps; on a CPU
             entries are then computed one by one.
         precise: for 16-bit inputs, no rounding of out reaches backward's delta, rowsum(dout·out) = Σ P·dP:
