@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Collection
 
 import torch
-from torch import Tensor
 
 from . import ops, reference
 from .sinks import lse_of_empty_rows
 from .spec import IMPLEMENTATIONS, AttentionSpec, AttentionStats, Inputs
+from .statistics import entropy_and_key_mass
 from .tracing import constant_when_traced
 
 MAX_HEAD_DIM = 256
@@ -63,20 +64,33 @@ def choose(impl: str | None, inputs: Inputs, spec: AttentionSpec) -> str:
     return impl
 
 
-def run(inputs: Inputs, spec: AttentionSpec, impl: str) -> AttentionStats:
-    """out, lse and max_logit, if the spec wants it, by what `choose` returned."""
-    max_logit: Tensor | None
+def run(inputs: Inputs, spec: AttentionSpec, impl: str, want: Collection[str] = ()) -> AttentionStats:
+    """out and lse by what `choose` returned, and those of the other statistics that `want` names.
+
+    The spec must be that of a call which wants them: `validation.make_spec`.
+    """
+    max_logit = entropy = key_mass = None
     if inputs.sinks is not None and spec.want_lse:  # read twice: gradients are added before they are rounded
         wide = torch.promote_types(inputs.sinks.dtype, torch.float32)
         inputs = inputs._replace(sinks=inputs.sinks.to(wide))
     if impl == "reference":
         out, lse = reference.attention(inputs, spec)
-        max_logit = reference.max_logit(inputs, spec) if spec.want_max else None
+        if not {"lse"}.issuperset(want):
+            max_logit, entropy, key_mass = reference.statistics(inputs, spec)
     else:
         out, lse, max_logit = ops.attention(inputs, spec, impl)
+        entropy, key_mass = entropy_and_key_mass(
+            inputs, spec, lse, entropy="entropy" in want, key_mass="key_mass" in want
+        )
     if inputs.sinks is not None and spec.want_lse:
         lse = lse_of_empty_rows(lse, inputs.sinks)
-    return AttentionStats(out, lse, max_logit if spec.want_max else None)
+    return AttentionStats(
+        out,
+        lse,
+        max_logit if "max_logit" in want else None,
+        entropy if "entropy" in want else None,
+        key_mass if "key_mass" in want else None,
+    )
 
 
 @constant_when_traced

@@ -68,12 +68,13 @@ def attention_backward(
     inputs: Inputs,
     spec: AttentionSpec,
     needs: Needs,
+    dentropy: Tensor | None = None,
 ) -> Gradients:
     """Gradients of out and lse, as far as `needs` asks; deterministic.
 
     Each block gives its exact share, because lse and out are those of the whole row; the shares are
     summed in float32 or wider and rounded once. With `precise` they are those of one more forward pass where
-    the saved ones are rounded: seven products instead of five.
+    the saved ones are rounded: seven products instead of five. dentropy: see `entropy_backward`.
     """
     spec = spec._replace(want_lse=True)  # nothing is narrow in backward
     if spec.precise and inputs.q.element_size() == 2:
@@ -83,7 +84,8 @@ def attention_backward(
     if inputs.sinks is not None and needs.dsinks:
         dsinks = gradient(_delta(dout, dlse, out), lse, inputs.sinks)
     dscores = needs.dbias or needs.dslopes or needs.dtable
-    engine: Engine = FlashEngine if FlashEngine.takes(inputs, spec) and not dscores else MatmulEngine
+    formula = dscores or dentropy is not None
+    engine: Engine = FlashEngine if FlashEngine.takes(inputs, spec) and not formula else MatmulEngine
     block = _whole_block(inputs, spec, engine)
     if block is not None:
         _, rows = _silence_empty_rows(q, RowGradients(dout, dlse, out, lse))
@@ -110,7 +112,8 @@ def attention_backward(
     for problem in problems(inputs, spec, engine, poison=(q, k, v, dout)):
         for strip in problem.strips:
             here = (problem.entries, slice(None), strip.rows)
-            rows = RowGradients(dout[here], None if dlse is None else dlse[here], out[here], lse[here])
+            of_lse, of_entropy = (None if x is None else x[here] for x in (dlse, dentropy))
+            rows = RowGradients(dout[here], of_lse, out[here], lse[here], of_entropy)
             q_rows, rows = _silence_empty_rows(problem.inputs.q[:, :, strip.rows], rows)
             for part in strip.parts:
                 block = _block(problem, strip, part, q_rows, _wide(q))
@@ -155,6 +158,48 @@ def _unrounded(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """
     q, k, v = (x.float() for x in inputs[:3])
     return _out_and_lse(inputs._replace(q=q, k=k, v=v), spec)
+
+
+def attention_statistics(
+    lse: Tensor, inputs: Inputs, spec: AttentionSpec, entropy: bool, key_mass: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(entropy, key_mass), as the reference defines them, from the rows' lse and without dropout.
+
+    No term p·(lse - s) of the entropy is negative: nothing cancels.
+    """
+    q, k = inputs.q, inputs.k
+    total = torch.zeros_like(lse) if entropy else None
+    mass = lse.new_zeros(*q.shape[:2], k.shape[2]) if key_mass else None
+    for problem in problems(inputs, spec, MatmulEngine, poison=(k,)):
+        for strip in problem.strips:
+            here = (problem.entries, slice(None), strip.rows)
+            empty = lse[here] == -torch.inf
+            q_rows = problem.inputs.q[:, :, strip.rows].masked_fill(empty[..., None], 0.0)
+            lse_rows = lse[here].masked_fill(empty, torch.inf)[..., None]
+            for part in strip.parts:
+                surprise = lse_rows - scores(_block(problem, strip, part, q_rows, _wide(q)), spec)[0]
+                p = torch.exp(-surprise)
+                if mass is not None:
+                    mass[problem.entries, :, part.cols] += p.sum(2)
+                if total is not None:
+                    total[here] += (p * surprise.masked_fill(p == 0.0, 0.0)).sum(-1)
+    return None if total is None else total.clamp_min(0.0), mass
+
+
+def entropy_backward(
+    dentropy: Tensor, entropy: Tensor, lse: Tensor, inputs: Inputs, spec: AttentionSpec, needs: Needs
+) -> Gradients:
+    """Gradients of entropy; dv is never needed.
+
+    H = Σ p·(lse - s) over keys, P = Σ p: dS = dH·p·(lse - s - 1 - (H - P)). That is backward's p·(dP - delta)
+    with dP = dH·(lse - s - 1) and delta = dH·(H - P), and so it is for a sink, whose dP is 0.
+    """
+    of_keys: Tensor | float = 1.0
+    if inputs.sinks is not None:
+        of_keys = -torch.expm1(inputs.sinks.to(lse.dtype)[:, None] - lse)
+    nothing = lse.new_zeros(*lse.shape, inputs.v.shape[3])
+    minus_delta = dentropy * (of_keys - entropy)
+    return attention_backward(nothing, minus_delta, nothing, lse, inputs, spec, needs, dentropy)
 
 
 def _max_logit(inputs: Inputs, spec: AttentionSpec) -> Tensor:
@@ -243,13 +288,13 @@ def _silence_empty_rows(q: Tensor, rows: RowGradients) -> tuple[Tensor, RowGradi
     """Make rows that see nothing harmless: zeros whatever they hold, and lse +inf, so that p = 0."""
     wide = _wide(q)
     dout, out, lse = (x.to(wide) for x in (rows.dout, rows.out, rows.lse))
-    dlse = None if rows.dlse is None else rows.dlse.to(wide)
+    dlse, dentropy = (None if x is None else x.to(wide) for x in (rows.dlse, rows.dentropy))
     empty = lse == -torch.inf
     if q.device.type != "cpu" or bool(empty.any()):
         q, dout, out = (x.masked_fill(empty[..., None], 0.0) for x in (q, dout, out))
-        dlse = None if dlse is None else dlse.masked_fill(empty, 0.0)
+        dlse, dentropy = (None if x is None else x.masked_fill(empty, 0.0) for x in (dlse, dentropy))
         lse = lse.masked_fill(empty, torch.inf)
-    return q, RowGradients(dout, dlse, out, lse)
+    return q, RowGradients(dout, dlse, out, lse, dentropy)
 
 
 def _in_layout_of(x: Tensor, result: Tensor) -> Tensor:

@@ -44,13 +44,15 @@ class Block(NamedTuple):
 class RowGradients(NamedTuple):
     """What the rows of a block know in backward, in wide dtype: gradients of out and lse, and both.
 
-    lse belongs to all keys of the row, not to those of the block; +inf where a row sees nothing.
+    lse belongs to all keys of the row, not to those of the block; +inf where a row sees nothing. dentropy:
+    gradient of the entropy, as far as it does not go through a sum over the row, as that of lse does.
     """
 
     dout: Tensor
     dlse: Tensor | None
     out: Tensor
     lse: Tensor
+    dentropy: Tensor | None = None
 
 
 class BlockGradients(NamedTuple):
@@ -208,6 +210,9 @@ class MatmulEngine:
         p = torch.exp(s - rows.lse[..., None])
         dv = group(_dropped(p, block, spec), k).mT @ group(dout, k)
         dp = _dropped(ungroup(group(dout, k) @ v.mT, dout), block, spec)
+        if rows.dentropy is not None:  # d(-p ln p) = (-ln p - 1) dp
+            surprise = (rows.lse[..., None] - s).masked_fill(p == 0.0, 0.0)
+            dp = dp + rows.dentropy[..., None] * (surprise - 1.0)
         ds = p * (dp - delta)
         if block.visible is not None:
             ds = torch.where(block.visible, ds, 0.0)
@@ -327,7 +332,9 @@ def _dropped(p: Tensor, block: Block, spec: AttentionSpec) -> Tensor:
 
 def group(x: Tensor, k: Tensor) -> Tensor:
     """Heads of a group below each other: [batch, heads_kv, group * rows, ...]."""
-    return x if x.shape[1] == k.shape[1] else x.reshape(x.shape[0], k.shape[1], -1, x.shape[3])
+    batch, heads_q, rows, width = x.shape
+    heads_kv = k.shape[1]
+    return x if heads_q == heads_kv else x.reshape(batch, heads_kv, heads_q // heads_kv * rows, width)
 
 
 def ungroup(x: Tensor, q: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Each one validates, turns its arguments into `Inputs` and `AttentionSpec`, and h
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
@@ -72,8 +72,9 @@ def attention(
     Query i stands at position i + (seqlen_k - seqlen_q): the last query sees the last key.
 
     Options:
-        want: names of statistics to return as well, out of ("lse", "max_logit"): then an `AttentionStats` is
-            returned.
+        want: names of statistics to return as well, out of ("lse", "max_logit", "entropy", "key_mass"): then
+            an `AttentionStats` is returned, which says what they are. lse and entropy are differentiable, the
+            others not. entropy and key_mass cost one more pass over the scores, in PyTorch, whoever made out.
         causal: a query sees no key after its position.
         window: (left, right): the query at p sees keys p - left ... p + right, both ends included;
             None is unbounded. causal means right = 0.
@@ -112,7 +113,7 @@ def attention(
     """
     check_want(want)
     inputs, spec = prepare(q, k, v, options, want=want or ())
-    stats = _run(inputs, spec, options.get("impl"))
+    stats = _run(inputs, spec, options.get("impl"), want or ())
     if want is None:
         return stats.out
     return stats if "lse" in want else stats._replace(lse=None)
@@ -152,7 +153,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         options["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
     inputs, spec = prepare(q, k, v, options, top_left=True, want=())
-    out = _run(inputs, spec, None).out
+    out = _run(inputs, spec, None, ()).out
     return out if query.ndim == 4 and len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
 
@@ -174,7 +175,7 @@ def prepare(
     options: AttentionOptions,
     *,
     top_left: bool = False,
-    want: Sequence[str] = ("lse",),
+    want: Collection[str] = ("lse",),
 ) -> tuple[Inputs, AttentionSpec]:
     """Validate a call and turn it into what implementations see; q, k, v as autocast wants them."""
     filled: AttentionOptions = {**DEFAULTS, **options} if options else DEFAULTS
@@ -196,18 +197,18 @@ def prepare(
         filled,
         top_left=top_left,
         tf32=tf32,
-        want_lse="lse" in want,
+        want_lse=not {"max_logit"}.issuperset(want),  # entropy and key_mass are made from it
         want_max="max_logit" in want,
     )
     return compiled(mask, inputs, spec, check=filled["check"]) if isinstance(mask, Mask) else (inputs, spec)
 
 
-def _run(inputs: Inputs, spec: AttentionSpec, impl: str | None) -> AttentionStats:
+def _run(inputs: Inputs, spec: AttentionSpec, impl: str | None, want: Collection[str]) -> AttentionStats:
     impl = dispatch.choose(impl, inputs, spec)
     if _autocast_dtype(inputs.q) is None:
-        return dispatch.run(inputs, spec, impl)
+        return dispatch.run(inputs, spec, impl, want)
     with torch.autocast(inputs.q.device.type, enabled=False):
-        return dispatch.run(inputs, spec, impl)
+        return dispatch.run(inputs, spec, impl, want)
 
 
 def _autocast_dtype(q: Tensor) -> torch.dtype | None:

@@ -28,11 +28,7 @@ def attention(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         out, lse = (torch.cat(x) for x in zip(*(attention(*alone) for alone in _entries(inputs, spec))))
         return out, lse
     s, v = _scores_and_values(inputs, spec)
-    alive = ~(s == -torch.inf).all(-1, keepdim=True)
-    s = torch.where(alive, s, 0.0)
-    if inputs.sinks is not None:
-        sinks = inputs.sinks.to(s.dtype)[:, None, None]
-        s = torch.cat([s, sinks.expand(*s.shape[:3], 1)], dim=-1)
+    s, alive = _with_sinks(s, inputs)
     lse = torch.logsumexp(s, dim=-1, keepdim=True)
     p = torch.softmax(s, dim=-1)  # not exp(s - lse): where |s| is large, lse has no digits left
     p = p[..., : v.shape[2]]
@@ -43,12 +39,34 @@ def attention(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     return out.to(inputs.q.dtype), lse.squeeze(-1)
 
 
-def max_logit(inputs: Inputs, spec: AttentionSpec) -> Tensor:
-    """Each row's largest score, (batch, heads_q, seqlen_q); -inf for a row that sees no key. No gradient."""
+def statistics(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """(max_logit, entropy, key_mass) by their formulas, of the softmax before dropout.
+
+    max_logit = max s over keys; entropy = -Σ p·ln p over keys, for p with the sink in the denominator;
+    key_mass = Σ p over rows. A row that sees no key has -inf and 0, and adds nothing. Only entropy has a
+    gradient.
+    """
     if spec.batch_invariant and inputs.q.shape[0] > 1:
-        return torch.cat([max_logit(*alone) for alone in _entries(inputs, spec)])
-    s = _scores_and_values(inputs, spec)[0].detach()
-    return s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], -torch.inf)
+        of_entries = zip(*(statistics(*alone) for alone in _entries(inputs, spec)))
+        max_logit, entropy, key_mass = (torch.cat(x) for x in of_entries)
+        return max_logit, entropy, key_mass
+    scores, _ = _scores_and_values(inputs, spec)
+    s, alive = _with_sinks(scores, inputs)
+    log_p = torch.log_softmax(s, dim=-1)[..., : scores.shape[-1]]
+    p = torch.where(alive, log_p.exp(), 0.0)
+    entropy = -(p * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(-1)
+    nobody = scores.new_full((*scores.shape[:-1], 1), -torch.inf)  # a maximum wants at least one
+    return torch.cat([scores, nobody], -1).detach().amax(-1), entropy, p.detach().sum(2)
+
+
+def _with_sinks(s: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Scores with the sink's behind them, 0 in rows that see no key; and which rows see one."""
+    alive = ~(s == -torch.inf).all(-1, keepdim=True)
+    s = torch.where(alive, s, 0.0)
+    if inputs.sinks is not None:
+        sinks = inputs.sinks.to(s.dtype)[:, None, None]
+        s = torch.cat([s, sinks.expand(*s.shape[:3], 1)], dim=-1)
+    return s, alive
 
 
 def _scores_and_values(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:

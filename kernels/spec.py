@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .mask_algebra import Mask
 
 IMPLEMENTATIONS = ("reference", "fallback", "triton")
-STATISTICS = ("lse", "max_logit")
+STATISTICS = ("lse", "max_logit", "entropy", "key_mass")
 TILE, HIDDEN, WHOLE = 128, -2, -1
 """Of `Inputs.tiles`."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -165,12 +165,17 @@ class AttentionStats(NamedTuple):
 
     out: (batch, heads_q, seqlen_q, head_dim_v). lse: (batch, heads_q, seqlen_q) float32 (float64
     for float64 inputs), natural logarithm of the softmax's denominator, -inf for an empty row, or its sink.
-    max_logit: as lse, the row's largest score, bias and all, but no sink; -inf for an empty row; no gradient.
+    The others are of the softmax before dropout too, in lse's dtype. max_logit: shaped like lse, the row's
+    largest score, with the bias, without the sink; -inf for an empty row; not differentiable. entropy: shaped
+    like lse, -Σ p·ln p over keys, in nats, for p with the sink in the denominator; 0 for an empty row;
+    differentiable once. key_mass: (batch, heads_q, seqlen_k), Σ p over rows; not differentiable.
     """
 
     out: Tensor
     lse: Tensor | None = None
     max_logit: Tensor | None = None
+    entropy: Tensor | None = None
+    key_mass: Tensor | None = None
 
 
 _OF_ALL_ENTRIES = ("sinks", "table", "bits", "spans_q", "spans_k", "seed")

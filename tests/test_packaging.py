@@ -58,7 +58,8 @@ KERNELS = {
     "fallback_plan": set(),
     # the implementations are imported when first called, by name
     "ops": {"differentials", "evidence", "flops", "library", "vmap"},
-    "dispatch": {"ops", "reference", "evidence"},
+    "statistics": {"library", "vmap"},
+    "dispatch": {"ops", "reference", "evidence", "statistics"},
     "functional": {"dispatch", "masks", "mask_algebra", "packed", "validation"},
     "weights": {"functional", "validation"},
     "explain": {"functional", "validation", "dispatch", "evidence", "flops"},
