@@ -29,10 +29,6 @@ def unsupported_reasons(impl: str, inputs: Inputs, spec: AttentionSpec) -> list[
         reasons.append("dtype float64 is computed by the reference and the fallback only")
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         reasons.append("Triton's interpreter multiplies bfloat16 wrongly")
-    if any(x is not None for x in (inputs.ranges, inputs.tiles, inputs.spans_q)):
-        reasons.append(
-            "mask objects and packed sequences are computed by the reference and the fallback only"
-        )
     if inputs.table is not None:
         reasons.append("a RelativeBias is computed by the reference and the fallback only")
     for name, head_dim in (("head_dim", q.shape[-1]), ("head_dim of v", v.shape[-1])):

@@ -33,6 +33,7 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "bias": lambda: {"bias": _tensor(1, HEADS_Q, SEQLEN, SEQLEN, dtype=torch.bfloat16)},
     "alibi": lambda: {"bias": ALiBi(_tensor(HEADS_Q, dtype=torch.float32))},
     "softcap": lambda: {"softcap": 30.0},
+    "precise": lambda: {"precise": True},
     "dropout": lambda: {"dropout_p": 0.1},
     "all": lambda: {
         "causal": True,
@@ -49,10 +50,27 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+# Who sees whom, as mask objects and packed calls say it: tensors of `Inputs`.
+VISIBLE: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "documents": lambda: {"ranges": _tensor(1, 2, SEQLEN, dtype=torch.int32)},
+    "streaming": lambda: {"ranges": _tensor(1, 4, SEQLEN, dtype=torch.int32)},
+    "tiles": lambda: {
+        "tiles": _tensor(1, 1, SEQLEN // 128, SEQLEN // 128, dtype=torch.int32),
+        "bits": _tensor(16, 128, 4, dtype=torch.int32),
+        "visits_q": _tensor(1, 1, SEQLEN // 128, SEQLEN // 128 + 2, dtype=torch.int32),
+        "visits_k": _tensor(1, 1, SEQLEN // 128, SEQLEN // 128 + 2, dtype=torch.int32),
+    },
+    "packed": lambda: {
+        "spans_q": _tensor(16, 2, dtype=torch.int32),
+        "spans_k": _tensor(16, 2, dtype=torch.int32),
+    },
+}
+
+
 def full() -> list[tuple[str, Variant]]:
     """Everything that ships, on every architecture: each option, head dimension and dtype."""
     cases = [
-        *itertools.product((64, 128), ("bfloat16",), OPTIONS),
+        *itertools.product((64, 128), ("bfloat16",), (*OPTIONS, *VISIBLE)),
         *itertools.product((32, 256), ("bfloat16",), ("plain", "all")),
         *itertools.product((64, 128), ("float16",), ("plain",)),
         *itertools.product((64, 128), ("float32",), ("plain", "all")),
@@ -63,7 +81,7 @@ def full() -> list[tuple[str, Variant]]:
 def sample() -> list[tuple[str, Variant]]:
     """What a change is checked with: the plain loops wherever a gate looks, and each option once."""
     plain = [Variant(head_dim, "bfloat16", "plain") for head_dim in (64, 128)]
-    options = [Variant(128, "bfloat16", name) for name in OPTIONS if name != "plain"]
+    options = [Variant(128, "bfloat16", name) for name in (*OPTIONS, *VISIBLE) if name != "plain"]
     return [
         *(("sm_90", variant) for variant in (*plain, *options)),
         *(("sm_80", variant) for variant in plain),
@@ -107,8 +125,11 @@ def call(variant: Variant) -> None:
     dtype = getattr(torch, variant.dtype)
     q, dout = (_tensor(BATCH, HEADS_Q, SEQLEN, variant.head_dim, dtype=dtype) for _ in range(2))
     k, v = (_tensor(BATCH, HEADS_KV, SEQLEN, variant.head_dim, dtype=dtype) for _ in range(2))
-    options: contract.AttentionOptions = {**contract.DEFAULTS, **OPTIONS[variant.options]()}  # type: ignore[typeddict-item]
-    inputs = make_inputs(q, k, v, options)
+    options: contract.AttentionOptions = {**contract.DEFAULTS, **OPTIONS.get(variant.options, dict)()}  # type: ignore[typeddict-item]
+    inputs = make_inputs(q, k, v, options)._replace(**VISIBLE.get(variant.options, dict)())
+    if inputs.spans_q is not None:
+        inputs = inputs._replace(**{x: getattr(inputs, x)[:1] for x in ("q", "k", "v")})
+        dout = dout[:1]
     spec = make_spec(variant.head_dim, options, top_left=False, tf32=False)
     out, lse, _ = attention_forward(inputs, spec)
     needs = contract.Needs(*(x is not None for x in inputs[: contract.N_GRADIENTS]))

@@ -16,12 +16,23 @@ from torch import Tensor
 
 from .. import sinks as attention_sinks
 from ..spec import AttentionSpec, Gradients, Inputs, Needs, like
+from ..visibility import owners
 from . import softmax, tiles
 from .bias_gradient import dbias_kernel
 from .config import Kernel, TileConfig, architecture, does_more_than_softmax, tile_config
 from .key_gradients import dkdv_kernel
 from .launch import Launch, broadcast_strides, dense_slopes, dropout_seed, dropped_bits, kept_scale
 from .query_gradient import dq_kernel
+from .visible import (
+    key_ranges,
+    listing_of,
+    packing_of,
+    position_bounds,
+    row_ranges,
+    segments,
+    sum_of_rows,
+    tiles_to_run,
+)
 
 ROW_STATISTICS = TileConfig(32, 32, num_warps=4, num_stages=1)
 PADDING: int = tiles.STATISTICS_PADDING.value
@@ -30,7 +41,7 @@ DK_DV_TOGETHER = 128
 it each has a launch of its own: five products instead of four, but none of them waits for spills."""
 
 
-@triton.jit(do_not_specialize=["heads", "seqlen_q"])
+@triton.jit(do_not_specialize=["heads", "seqlen_q", "sequences"])
 def _row_statistics_kernel(
     out_ptr,
     out_strides,
@@ -44,35 +55,44 @@ def _row_statistics_kernel(
     softcap,
     heads,
     seqlen_q,
+    packing,
+    sequences,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
     """delta = rowsum(out·dout) - dlse, and the lse as `softmax.probabilities` subtracts it.
 
-    added_ptr: None if nothing is added to the scores.
+    added_ptr: None if nothing is added to the scores. out_ptr: None leaves delta without the sum.
 
     An empty row gets delta 0 and offset +inf, whatever out, dout and dlse hold there.
     """
-    n_tiles = tl.cdiv(seqlen_q, tiles.STATISTICS_PADDING) * (tiles.STATISTICS_PADDING // BLOCK_Q)
-    first_row = tl.program_id(0) % n_tiles * BLOCK_Q
-    plane = tl.program_id(0) // n_tiles
-    batch, head = plane // heads, plane % heads
-    out_rows = tiles.rows_of_head(out_ptr, out_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM_V, False)
-    dout_rows = tiles.rows_of_head(dout_ptr, dout_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM_V, False)
-    out = tiles.load_rows(out_rows, out_strides, first_row, 0, seqlen_q, BLOCK_Q, HEAD_DIM_V, True, False)
-    dout = tiles.load_rows(dout_rows, dout_strides, first_row, 0, seqlen_q, BLOCK_Q, HEAD_DIM_V, True, False)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    PARTS: tl.constexpr = tiles.STATISTICS_PADDING // BLOCK_Q
+    _, _, work_ptr = packing
+    spans_ptr = packing[0]
+    n_tiles = tiles.tile_count(seqlen_q, sequences, tiles.STATISTICS_PADDING)
+    tile, batch, _, head = tiles.whose_tile(tl.program_id(0) // PARTS, n_tiles, heads, 1, work_ptr, False)
+    place = tiles.place_of(batch, spans_ptr, seqlen_q)
+    n_rows = place[2]
+    first_row = tile * tiles.STATISTICS_PADDING + tl.program_id(0) % PARTS * BLOCK_Q
+    dout_rows = tiles.rows_of_head(dout_ptr, dout_strides, place, head, BLOCK_Q, HEAD_DIM_V, False)
+    dout = tiles.load_rows(dout_rows, dout_strides, first_row, 0, n_rows, BLOCK_Q, HEAD_DIM_V, True, False)
+    delta = tl.zeros([BLOCK_Q], tl.float32)
+    if out_ptr is not None:
+        out_rows = tiles.rows_of_head(out_ptr, out_strides, place, head, BLOCK_Q, HEAD_DIM_V, False)
+        out = tiles.load_rows(out_rows, out_strides, first_row, 0, n_rows, BLOCK_Q, HEAD_DIM_V, True, False)
+        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
 
     index = first_row + tl.arange(0, BLOCK_Q)
-    rows = plane.to(tl.int64) * seqlen_q + index
-    inside = index < seqlen_q
+    rows = tiles.rows_before(place, head, heads, seqlen_q) + index
+    inside = index < n_rows
     lse = tl.load(lse_ptr + rows, mask=inside, other=float("-inf"))
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + rows, mask=inside, other=0.0)
     delta = tl.where(lse == float("-inf"), 0.0, delta)
-    statistics = tiles.statistics_of(plane, seqlen_q) + index
-    tl.store(delta_ptr + statistics, delta)
-    tl.store(offset_ptr + statistics, softmax.lse_offset(lse, softcap, added_ptr))
+    statistics = tiles.statistics_of(batch, head, heads, place[1], seqlen_q, sequences) + index
+    needed = n_rows > 0 if sequences is not None else True  # else this tile would be another sequence's
+    tl.store(delta_ptr + statistics, delta, mask=needed)
+    tl.store(offset_ptr + statistics, softmax.lse_offset(lse, softcap, added_ptr), mask=needed)
 
 
 def attention_backward(
@@ -98,9 +118,9 @@ def attention_backward(
         launch.run(inputs.q.device)
     dsinks, dslopes = None, gradients.dslopes
     if inputs.sinks is not None and needs.dsinks:
-        dsinks = attention_sinks.gradient(delta, lse, inputs.sinks)
+        dsinks = attention_sinks.gradient(_by_row(delta, inputs), lse, inputs.sinks)
     if inputs.slopes is not None and dslopes is not None:
-        dslopes = dslopes.sum(2).sum_to_size(inputs.slopes.shape).to(inputs.slopes.dtype)
+        dslopes = sum_of_rows(dslopes, inputs).sum_to_size(inputs.slopes.shape).to(inputs.slopes.dtype)
     dq = gradients.dq if needs.dq else None
     return gradients._replace(dq=dq, dsinks=dsinks, dslopes=dslopes)
 
@@ -121,7 +141,6 @@ def backward_launches(
     to compile only.
     """
     q, k, v, bias, _, slopes, _, mask = inputs[:8]
-    key_lengths = inputs.key_lengths
     batch, heads_q, seqlen_q, head_dim = q.shape
     heads_kv, seqlen_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     dq, dk, dv = (like(x, x.shape[3]) if need else None for x, need in zip(inputs[:3], needs))
@@ -133,19 +152,26 @@ def backward_launches(
     gradients = Gradients(dq, dk, dv, dbias, None, dslopes, None)
     if not any(needs):
         return gradients, [], lse
+    if inputs.spans_q is not None:  # what no sequence owns is in no tile
+        for x in (dq, dk, dv, dslopes):
+            if x is not None:
+                x.zero_()
 
     if dout.stride(3) != 1:  # expanded by sum(), say: a copy costs less than reading it element by element
         dout = dout.contiguous()
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()  # read by row number
-    padded = -(-seqlen_q // PADDING) * PADDING
-    offset, delta = lse.new_empty(2, batch * heads_q * padded).unbind()
-    left, right = (None if x is None else min(x, seqlen_q + seqlen_k) for x in (spec.left, spec.right))
+    padded = PADDING * tiles_to_run(inputs.spans_q, batch, seqlen_q, PADDING)
+    offset, delta = lse.new_empty(2, heads_q * padded).unbind()
     operands = (q, q.stride(), k, k.stride(), v, v.stride(), dout, dout.stride(), offset, delta)
-    options = (
-        bias, broadcast_strides(bias), mask, broadcast_strides(mask), *dense_slopes(slopes), key_lengths,
+    pairs = (
+        bias, broadcast_strides(bias), mask, broadcast_strides(mask), *dense_slopes(slopes),
+        inputs.key_lengths,
+    )  # fmt: skip
+    of_rows = (*row_ranges(inputs), listing_of(inputs, inputs.visits_q))
+    numbers = (
         dropout_seed(inputs, spec), dropped_bits(spec.dropout_p), kept_scale(spec.dropout_p),
         spec.scale, spec.softcap, heads_kv, heads_q // heads_kv, seqlen_q, seqlen_k,
-        spec.shift(seqlen_q, seqlen_k), left, right,
+        *position_bounds(inputs, spec),
     )  # fmt: skip
 
     def row(kernel: Kernel) -> TileConfig:
@@ -157,36 +183,70 @@ def backward_launches(
             raise NotImplementedError(f"head_dim {head_dim} (v: {head_dim_v}) is larger than any tile")
         return tile
 
-    def launch(kernel: Any, programs: int, outputs: tuple[Any, ...], tile: TileConfig) -> Launch:
+    def launch(
+        kernel: Any,
+        tile: TileConfig,
+        programs: int,
+        outputs: tuple[Any, ...],
+        visible: tuple[Any, ...],
+        packing: tuple[Any, ...],
+    ) -> Launch:
         constants = {
             "HEAD_DIM": head_dim,
             "HEAD_DIM_V": head_dim_v,
+            "SEGMENTS": segments(inputs),
             "BLOCK_Q": tile.block_q,
             "BLOCK_K": tile.block_k,
             "PRECISION": "tf32" if spec.tf32 else "ieee",
         }
-        return Launch(kernel, programs, (*operands, *outputs, *options), constants, tile)
+        arguments = (*operands, *outputs, *pairs, *visible, *packing, *numbers)
+        return Launch(kernel, programs, arguments, constants, tile)
+
+    def over_queries(tile: TileConfig, *outputs: Any) -> Launch:
+        programs = heads_q * tiles_to_run(inputs.spans_q, batch, seqlen_q, tile.block_q)
+        packing = packing_of(inputs, inputs.spans_q, tile.block_q)
+        return launch(dq_kernel, tile, programs, outputs, of_rows, packing)
 
     added = slopes if bias is None else bias
-    launches = [_row_statistics_launch(dout, dlse, out, lse, added, offset, delta, spec)]
+    sums_products = spec.precise and q.element_size() == 2
+    launches = [
+        _row_statistics_launch(
+            dout, dlse, None if sums_products else out, lse, added, offset, delta, inputs, spec
+        )
+    ]
+    if sums_products:
+        launches.append(over_queries(row("dq"), None, None, None, delta))
     if dk is not None or dv is not None:
         tile = row("dkdv")
-        programs = batch * heads_kv * -(-seqlen_k // tile.block_k)
+        programs = heads_kv * tiles_to_run(inputs.spans_k, batch, seqlen_k, tile.block_k)
+        packing = packing_of(inputs, inputs.spans_k, tile.block_k)
+        of_keys = (*key_ranges(inputs), listing_of(inputs, inputs.visits_k))
         together = max(head_dim, head_dim_v) <= DK_DV_TOGETHER or dk is None or dv is None
         for a, b in [(dk, dv)] if together else [(dk, None), (None, dv)]:
             outputs = (a, _strides(a), b, _strides(b))
-            launches.append(launch(dkdv_kernel, programs, outputs, tile))
+            launches.append(launch(dkdv_kernel, tile, programs, outputs, of_keys, packing))
     if dq is not None:
-        tile = row("dq")
-        programs = batch * heads_q * -(-seqlen_q // tile.block_q)
-        launches.append(launch(dq_kernel, programs, (dq, dq.stride(), dslopes), tile))
+        launches.append(over_queries(row("dq"), dq, dq.stride(), dslopes, None))
     if dbias is not None:
         tile = row("dbias")
         n_batches, n_heads, n_rows, n_cols = dbias.shape
+        entries = batch if inputs.spans_q is None else inputs.spans_q.shape[0]
         programs = n_batches * n_heads * -(-n_rows // tile.block_q) * -(-n_cols // tile.block_k)
-        target = (dbias, broadcast_strides(dbias), batch // n_batches, heads_q // n_heads, n_heads)
-        launches.append(launch(dbias_kernel, programs, target, tile))
-    return gradients, launches, delta.view(batch, heads_q, padded)[..., :seqlen_q]
+        shared = entries // n_batches, heads_q // n_heads, n_heads, n_rows, n_cols
+        target = (dbias, broadcast_strides(dbias), *shared)
+        packing = packing_of(inputs, inputs.spans_q, tile.block_q)
+        launches.append(launch(dbias_kernel, tile, programs, target, of_rows, packing))
+    return gradients, launches, delta
+
+
+def _by_row(delta: Tensor, inputs: Inputs) -> Tensor:
+    """delta as (batch, heads_q, seqlen_q), without the padding that `tiles.statistics_of` describes."""
+    batch, heads_q, seqlen_q, _ = inputs.q.shape
+    if inputs.spans_q is None:
+        return delta.view(batch, heads_q, -1)[..., :seqlen_q]
+    sequence, place, _ = owners(inputs.spans_q, seqlen_q)
+    first = (inputs.spans_q[sequence, 0] // PADDING + sequence) * PADDING
+    return delta.view(1, heads_q, -1)[..., first + place]
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...] | None:
@@ -196,18 +256,19 @@ def _strides(x: Tensor | None) -> tuple[int, ...] | None:
 def _row_statistics_launch(
     dout: Tensor,
     dlse: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     added: Tensor | None,
     offset: Tensor,
     delta: Tensor,
+    inputs: Inputs,
     spec: AttentionSpec,
 ) -> Launch:
-    _, heads, seqlen_q, head_dim_v = out.shape
+    _, heads, seqlen_q, head_dim_v = dout.shape
     tile = ROW_STATISTICS
     arguments = (
-        out, out.stride(), dout, dout.stride(), lse, dlse, added, offset, delta, spec.softcap, heads,
-        seqlen_q,
+        out, _strides(out), dout, dout.stride(), lse, dlse, added, offset, delta, spec.softcap, heads,
+        seqlen_q, *packing_of(inputs, inputs.spans_q, PADDING),
     )  # fmt: skip
     programs = delta.numel() // tile.block_q
     constants = {"HEAD_DIM_V": head_dim_v, "BLOCK_Q": tile.block_q}

@@ -248,7 +248,8 @@ def tile_config(
 
 def does_more_than_softmax(inputs: Inputs, spec: AttentionSpec) -> bool:
     """Whether each score costs more than scaling it and taking its exponential."""
-    extras = inputs.mask, inputs.bias, inputs.slopes, spec.softcap, spec.dropout_p or None
+    masks = inputs.mask, inputs.ranges, inputs.tiles
+    extras = *masks, inputs.bias, inputs.slopes, spec.softcap, spec.dropout_p or None
     return any(extra is not None for extra in extras)
 
 

@@ -22,6 +22,14 @@ from .launch import (
     kept_scale,
     positive_scale,
 )
+from .visible import (
+    listing_of,
+    packing_of,
+    position_bounds,
+    row_ranges,
+    segments,
+    tiles_to_run,
+)
 
 
 @triton.jit
@@ -33,6 +41,7 @@ def _attend(
     dropout,
     where,
     window,
+    listing,
     first,
     stop,
     unit,
@@ -46,30 +55,37 @@ def _attend(
     WARP_SPECIALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Let the query tile attend to the key tiles from first to stop."""
+    """Let the query tile attend to the key tiles from first to stop, of all or of those in a list."""
     acc, row_max, row_sum = state
     k_rows, k_strides, v_rows, v_strides = keys
     bias_ptr, bias_strides, mask_ptr, mask_strides, slope = pairs
     seed, last_dropped, plane = dropout
     batch, head, rows = where
-    lo, hi, n_keys, shift, left, right = window
+    lo, hi, n_keys, shift, left, right, limits = window
+    visits, tiles_ptr, tiles_strides, bits_ptr, first_row = listing
     HOIST: tl.constexpr = BLOCK_K < 128  # offsets of more keys would be registers that spill
     # Counting tiles, not keys, shows the compiler that start is a multiple of BLOCK_K.
     for tile in tl.range(first // BLOCK_K, tl.cdiv(stop, BLOCK_K), warp_specialize=WARP_SPECIALIZE):
+        if visits is not None:
+            tile = visibility.listed(visits, tile, BLOCK_K)
         start = tile * BLOCK_K
         cols = start + tl.arange(0, BLOCK_K)[None, :]
         mask = None
         bias = None
         if mask_ptr is not None:
             mask = tiles.load_pairs(mask_ptr, mask_strides, batch, head, rows, cols, n_keys, EDGE)
+        if EDGE and visits is not None:
+            number = visibility.number_of(tiles_ptr, tiles_strides, batch, head, first_row, start)
+            mask = visibility.bits_at(bits_ptr, number, rows, cols)
+        HOLES: tl.constexpr = mask is not None or (EDGE and limits is not None)
         k = tiles.load_rows(k_rows, k_strides, start, lo, hi, BLOCK_K, HEAD_DIM, EDGE, TMA, HOIST)
-        if mask_ptr is None:
+        if not HOLES:
             v = tiles.load_rows(v_rows, v_strides, start, lo, hi, BLOCK_K, HEAD_DIM_V, EDGE, TMA, HOIST)
         else:
             # 0 times the NaN of a value that nobody sees is NaN, so such values are not loaded. Keys
             # may be: what they hold stays in a column of scores that is replaced as a whole.
             seen = visibility.any_row(
-                visibility.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE)
+                visibility.element_mask(rows, cols, n_keys, shift, left, right, limits, mask, EDGE)
             )
             end = tl.where(seen, hi, 0)[:, None]
             v = tiles.load_rows(v_rows, v_strides, start, lo, end, BLOCK_K, HEAD_DIM_V, True, TMA, HOIST)
@@ -80,7 +96,7 @@ def _attend(
         bias = softmax.added(bias, slope, rows, cols, shift)
         s = softmax.scores(dots, scale, softcap, bias)
         # Compared here, next to its use: earlier, every comparison would occupy a register bit.
-        ok = visibility.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE)
+        ok = visibility.element_mask(rows, cols, n_keys, shift, left, right, limits, mask, EDGE)
         if ok is not None:
             s = tl.where(ok, s, float("-inf"))
         MAY_BE_EMPTY: tl.constexpr = ok is not None or bias_ptr is not None
@@ -89,6 +105,51 @@ def _attend(
             p = tl.where(softmax.keep_mask(seed, last_dropped, plane, rows, start, BLOCK_K), p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum
+
+
+@triton.jit
+def _attend_to(
+    state,
+    q,
+    keys,
+    pairs,
+    dropout,
+    where,
+    window,
+    listing,
+    stretch,
+    unit,
+    scale,
+    softcap,
+    BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    LEFT_EDGE: tl.constexpr,
+    EDGE_WITHIN: tl.constexpr,
+    TMA: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Let the query tile attend to a stretch of keys: left edge, what every row sees whole, right edge.
+
+    stretch: as `visibility.visible_keys` returns it. EDGE_WITHIN: the middle needs an element mask, too.
+    """
+    lo, full_lo, full_hi, hi = stretch
+    if LEFT_EDGE:
+        state = _attend(
+            state, q, keys, pairs, dropout, where, window, listing, lo // BLOCK_K * BLOCK_K, full_lo, unit,
+            scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, TMA, False, PRECISION,
+        )  # fmt: skip
+    state = _attend(
+        state, q, keys, pairs, dropout, where, window, listing, full_lo, full_hi, unit, scale, softcap,
+        BLOCK_K, HEAD_DIM, HEAD_DIM_V, EDGE_WITHIN, TMA, WARP_SPECIALIZE, PRECISION,
+    )  # fmt: skip
+    if not WARP_SPECIALIZE:
+        state = _attend(
+            state, q, keys, pairs, dropout, where, window, listing, full_hi, hi, unit, scale, softcap,
+            BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, TMA, False, PRECISION,
+        )  # fmt: skip
+    return state
 
 
 @triton.jit(
@@ -102,6 +163,8 @@ def _attend(
         "shift",
         "left",
         "right",
+        "sequences",
+        "ranges_step",
     ]
 )
 def _forward_kernel(
@@ -123,6 +186,11 @@ def _forward_kernel(
     slopes_ptr,
     slopes_step,
     lengths_ptr,
+    ranges_ptr,
+    ranges_step,
+    listing,
+    packing,
+    sequences,
     seed_ptr,
     last_dropped,
     kept_scale,
@@ -137,6 +205,7 @@ def _forward_kernel(
     right,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     NEGATIVE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -145,20 +214,23 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """out = dropout(softmax(scores)) · v and lse of one query tile; scale is |scale|."""
+    visits_ptr, visits_strides, tiles_ptr, tiles_strides, bits_ptr = listing
+    spans_q_ptr, spans_k_ptr, work_ptr = packing
     tile, batch, head, head_kv = tiles.whose_tile(
-        tl.program_id(0), tl.cdiv(seqlen_q, BLOCK_Q), heads_kv, group, right is not None
-    )
+        tl.program_id(0), tiles.tile_count(seqlen_q, sequences, BLOCK_Q), heads_kv, group, work_ptr,
+        right is not None or ranges_ptr is not None,
+    )  # fmt: skip
+    queries = tiles.place_of(batch, spans_q_ptr, seqlen_q)
+    keyed = tiles.place_of(batch, spans_k_ptr, seqlen_k)
+    n_rows, n_keys = queries[2], keyed[2]
+    shift = tiles.shift_of(shift, n_rows, n_keys)
     first_row = tile * BLOCK_Q
-    rows = visibility.row_numbers(first_row, seqlen_q, BLOCK_Q)
-    plane = batch * heads_kv * group + head
-    n_keys = visibility.keys_of(batch, lengths_ptr, seqlen_k)
-    lo, full_lo, full_hi, hi = visibility.visible_keys(
-        first_row, seqlen_q, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
-    )
-    q_rows = tiles.rows_of_head(q_ptr, q_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM, TMA)
-    k_rows = tiles.rows_of_head(k_ptr, k_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM, TMA)
-    v_rows = tiles.rows_of_head(v_ptr, v_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM_V, TMA)
-    q = tiles.load_rows(q_rows, q_strides, first_row, 0, seqlen_q, BLOCK_Q, HEAD_DIM, True, TMA)
+    rows = visibility.row_numbers(first_row, n_rows, BLOCK_Q)
+    n_keys = visibility.keys_of(batch, lengths_ptr, n_keys)
+    q_rows = tiles.rows_of_head(q_ptr, q_strides, queries, head, BLOCK_Q, HEAD_DIM, TMA)
+    k_rows = tiles.rows_of_head(k_ptr, k_strides, keyed, head_kv, BLOCK_K, HEAD_DIM, TMA)
+    v_rows = tiles.rows_of_head(v_ptr, v_strides, keyed, head_kv, BLOCK_K, HEAD_DIM_V, TMA)
+    q = tiles.load_rows(q_rows, q_strides, first_row, 0, n_rows, BLOCK_Q, HEAD_DIM, True, TMA)
     if NEGATIVE:  # the running maximum needs scores that grow with the products
         q = -q
     anything_added = softmax.either(bias_ptr, slopes_ptr)
@@ -177,23 +249,40 @@ def _forward_kernel(
         pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides, slope)
     dropout = (None, None, None)
     if seed_ptr is not None:
-        dropout = (tl.load(seed_ptr), last_dropped, plane)
+        dropout = (tl.load(seed_ptr), last_dropped, batch * heads_kv * group + head)
     where = (batch, head, rows[:, None])
-    window = (lo, hi, n_keys, shift, left, right)
-    start = lo // BLOCK_K * BLOCK_K
-    if left is not None:
-        state = _attend(
-            state, q, keys, pairs, dropout, where, window, start, full_lo, unit, scale, softcap,
-            BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, TMA, False, PRECISION,
+    if visits_ptr is not None:
+        # Positions in the list stand for keys: whole tiles first, all of their keys seen by every row.
+        visits, n_whole, n_listed = visibility.visits_of(
+            visits_ptr, visits_strides, batch, head, first_row // visibility.TILE
+        )
+        window = (0, n_keys, n_keys, shift, None, None, None)
+        stretch = (0, 0, n_whole * visibility.TILE, n_listed * visibility.TILE)
+        state = _attend_to(
+            state, q, keys, pairs, dropout, where, window,
+            (visits, tiles_ptr, tiles_strides, bits_ptr, first_row), stretch, unit, scale, softcap,
+            BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, lengths_ptr is not None, TMA, False, PRECISION,
         )  # fmt: skip
-    state = _attend(
-        state, q, keys, pairs, dropout, where, window, full_lo, full_hi, unit, scale, softcap,
-        BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, TMA, WARP_SPECIALIZE, PRECISION,
-    )  # fmt: skip
-    if not WARP_SPECIALIZE:
-        state = _attend(
-            state, q, keys, pairs, dropout, where, window, full_hi, hi, unit, scale, softcap,
-            BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, TMA, False, PRECISION,
+    elif ranges_ptr is not None:
+        for segment in tl.static_range(SEGMENTS):
+            limits = visibility.limits_of(
+                ranges_ptr, ranges_step, batch, queries[1], seqlen_q, rows[:, None], segment
+            )
+            stretch = visibility.span_of(limits, n_keys, BLOCK_K)
+            window = (stretch[0], stretch[3], n_keys, shift, None, None, limits)
+            state = _attend_to(
+                state, q, keys, pairs, dropout, where, window, (None, None, None, None, None), stretch,
+                unit, scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, False, TMA, False, PRECISION,
+            )  # fmt: skip
+    else:
+        stretch = visibility.visible_keys(
+            first_row, n_rows, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
+        )  # fmt: skip
+        window = (stretch[0], stretch[3], n_keys, shift, left, right, None)
+        state = _attend_to(
+            state, q, keys, pairs, dropout, where, window, (None, None, None, None, None), stretch, unit,
+            scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, left is not None, False, TMA, WARP_SPECIALIZE,
+            PRECISION,
         )  # fmt: skip
 
     acc, row_max, row_sum = state
@@ -205,13 +294,14 @@ def _forward_kernel(
         acc = acc * kept_scale
     # A row that sees nothing may have met the NaN of a key that its neighbours see.
     acc = tl.where(row_sum[:, None] == 0.0, 0.0, acc / row_sum[:, None])
-    out_rows = tiles.rows_of_head(out_ptr, out_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM_V, False)
-    tiles.store_rows(out_rows, out_strides, first_row, seqlen_q, acc, BLOCK_Q, HEAD_DIM_V)
+    out_rows = tiles.rows_of_head(out_ptr, out_strides, queries, head, BLOCK_Q, HEAD_DIM_V, False)
+    tiles.store_rows(out_rows, out_strides, first_row, n_rows, acc, BLOCK_Q, HEAD_DIM_V)
     index = first_row + tl.arange(0, BLOCK_Q)
-    tl.store(lse_ptr + plane.to(tl.int64) * seqlen_q + index, lse, mask=index < seqlen_q)
+    before = tiles.rows_before(queries, head, heads_kv * group, seqlen_q)
+    tl.store(lse_ptr + before + index, lse, mask=index < n_rows)
     if max_ptr is not None:
         top = softmax.natural_max(row_max, scale, softcap, anything_added)
-        tl.store(max_ptr + plane.to(tl.int64) * seqlen_q + index, top, mask=index < seqlen_q)
+        tl.store(max_ptr + before + index, top, mask=index < n_rows)
 
 
 def attention_forward(
@@ -227,6 +317,11 @@ def attention_forward(
     out = like(q, inputs.v.shape[3])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     max_logit = torch.empty_like(lse) if spec.want_max else None
+    if inputs.spans_q is not None:  # rows that no sequence owns are in no tile
+        out.zero_()
+        for x in (lse, max_logit):
+            if x is not None:
+                x.fill_(-torch.inf)
     forward_launch(inputs, spec, out, lse, config, max_logit).run(q.device)
     return out, lse, max_logit
 
@@ -249,20 +344,22 @@ def forward_launch(
         config = tile_config("forward", architecture(q.device), head_dim, head_dim_v, q.dtype, busy)
         if config is None:
             raise NotImplementedError(f"head_dim {head_dim} (v: {head_dim_v}) is larger than any tile")
-    shift = spec.shift(seqlen_q, seqlen_k)
-    left, right = (None if x is None else min(x, seqlen_q + seqlen_k) for x in (spec.left, spec.right))
+    bounds = position_bounds(inputs, spec)
     tma = config.tma and descriptors_fit(inputs, spec)
     arguments: tuple[Any, ...] = (
         q, q.stride(), k, k.stride(), v, v.stride(), out, out.stride(), lse, max_logit,
         bias, broadcast_strides(bias), mask, broadcast_strides(mask),
         None if sinks is None else sinks.contiguous(), *dense_slopes(slopes), key_lengths,
+        *row_ranges(inputs), listing_of(inputs, inputs.visits_q),
+        *packing_of(inputs, inputs.spans_q, config.block_q),
         dropout_seed(inputs, spec), dropped_bits(spec.dropout_p), kept_scale(spec.dropout_p),
         positive_scale(spec.scale), spec.softcap,
-        heads_kv, heads_q // heads_kv, seqlen_q, seqlen_k, shift, left, right,
+        heads_kv, heads_q // heads_kv, seqlen_q, seqlen_k, *bounds,
     )  # fmt: skip
     constants = {
         "HEAD_DIM": head_dim,
         "HEAD_DIM_V": head_dim_v,
+        "SEGMENTS": segments(inputs),
         "NEGATIVE": spec.scale < 0,
         "BLOCK_Q": config.block_q,
         "BLOCK_K": config.block_k,
@@ -270,10 +367,10 @@ def forward_launch(
         # The compiler splits one loop only: no edge tiles.
         "WARP_SPECIALIZE": tma
         and config.warp_specialize
-        and left is None
-        and right is None
+        and spec.left is None
+        and spec.right is None
         and seqlen_k % config.block_k == 0,
         "PRECISION": "tf32" if spec.tf32 else "ieee",
     }
-    programs = batch * heads_q * -(-seqlen_q // config.block_q)
+    programs = heads_q * tiles_to_run(inputs.spans_q, batch, seqlen_q, config.block_q)
     return Launch(_forward_kernel, programs, arguments, constants, config)

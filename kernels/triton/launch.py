@@ -148,7 +148,8 @@ def descriptors_fit(inputs: Inputs, spec: AttentionSpec) -> bool:
     be hidden from every query of the batch entry: what it holds would reach a product.
     """
     seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
-    if inputs.mask is not None or inputs.key_lengths is not None:
+    hiding = inputs.mask, inputs.ranges, inputs.tiles, inputs.key_lengths, inputs.spans_q
+    if any(x is not None for x in hiding):
         return False
     if key_bounds(0, seqlen_q - 1, spec, seqlen_q, seqlen_k) != (0, seqlen_k):
         return False

@@ -1,4 +1,4 @@
-"""dq: one program per query tile walks over the keys that tile may see."""
+"""dq, and what else is a sum over a row: one program per query tile walks over the keys that tile may see."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from . import softmax, tiles, visibility
 @triton.jit
 def _gather_from_keys(
     sums,
+    outputs,
     q,
     dout,
     offset,
@@ -20,6 +21,7 @@ def _gather_from_keys(
     dropout,
     where,
     window,
+    listing,
     start,
     stop,
     unit,
@@ -31,17 +33,21 @@ def _gather_from_keys(
     EDGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add to dq of a query tile, and to its rows' gradient of ALiBi's slope as far as somebody asks for
-    it, what key tiles from start to stop contribute."""
-    dq, dslope = sums
+    """Add to dq of a query tile, to its rows' gradient of ALiBi's slope and to their sums of P·dP, as far as
+    there is an output, what key tiles from start to stop contribute, of all or of those in a list."""
+    dq, dslope, total = sums
+    dq_ptr, dslope_ptr, total_ptr = outputs
     k_rows, k_strides, v_rows, v_strides = keys
-    bias_ptr, bias_strides, mask_ptr, mask_strides, slope, dslope_ptr = pairs
+    bias_ptr, bias_strides, mask_ptr, mask_strides, slope = pairs
     seed, last_dropped, kept_scale, plane = dropout
     batch, head, rows = where
-    n_keys, shift, left, right, lo, full_lo, full_hi, hi = window
+    n_keys, shift, left, right, limits, lo, full_lo, full_hi, hi = window
+    visits, tiles_ptr, tiles_strides, bits_ptr, first_row = listing
     HOIST: tl.constexpr = max(HEAD_DIM, HEAD_DIM_V) <= 128
     for tile in tl.range(start // BLOCK_K, stop // BLOCK_K):
-        if EDGE:
+        if visits is not None:
+            tile = visibility.listed(visits, tile, BLOCK_K)
+        elif EDGE:
             tile = tl.where(tile < full_lo // BLOCK_K, tile, tile + (full_hi - full_lo) // BLOCK_K)
         first_col = tl.multiple_of(tile * BLOCK_K, BLOCK_K)
         cols = first_col + tl.arange(0, BLOCK_K)[None, :]
@@ -52,13 +58,17 @@ def _gather_from_keys(
         keep = None
         if mask_ptr is not None:
             mask = tiles.load_pairs(mask_ptr, mask_strides, batch, head, rows, cols, n_keys, EDGE)
+        if EDGE and visits is not None:
+            number = visibility.number_of(tiles_ptr, tiles_strides, batch, head, first_row, first_col)
+            mask = visibility.bits_at(bits_ptr, number, rows, cols)
+        HOLES: tl.constexpr = mask is not None or (EDGE and limits is not None)
         if bias_ptr is not None:
             bias = tiles.load_pairs(bias_ptr, bias_strides, batch, head, rows, cols, n_keys, EDGE)
         bias = softmax.added(bias, slope, rows, cols, shift)
         if seed is not None:
             keep = softmax.keep_mask(seed, last_dropped, plane, rows, first_col, BLOCK_K)
-        ok = visibility.element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE)
-        if mask_ptr is not None:
+        ok = visibility.element_mask(rows, cols, n_keys, shift, left, right, limits, mask, EDGE)
+        if HOLES:
             seen = visibility.any_row(ok)
             k = tiles.zero_unless(seen, k)
             v = tiles.zero_unless(seen, v)
@@ -67,19 +77,61 @@ def _gather_from_keys(
         dp = softmax.dropped(tl.dot(dout, v.T, input_precision=PRECISION), keep, kept_scale)
         s = softmax.scores(dots, scale, softcap, bias)
         p = softmax.probabilities(s, unit, offset[:, None], softcap, bias)
+        if total_ptr is not None:
+            total += tl.sum(visibility.zero_hidden(p * dp, ok), 1)
         ds = p * (dp - delta[:, None])
         if dslope_ptr is not None:
             moved = ds * softmax.distances(rows, cols, shift)
             dslope -= tl.sum(visibility.zero_hidden(moved, ok), 1)
-        if softcap is not None:
-            ds *= softmax.softcap_slope(dots, scale, softcap)
-        ds = visibility.zero_hidden(ds, ok)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    return dq, dslope
+        if dq_ptr is not None:
+            if softcap is not None:
+                ds *= softmax.softcap_slope(dots, scale, softcap)
+            ds = visibility.zero_hidden(ds, ok)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq, dslope, total
+
+
+@triton.jit
+def _gather_from_stretch(
+    sums,
+    outputs,
+    q,
+    dout,
+    offset,
+    delta,
+    keys,
+    pairs,
+    dropout,
+    where,
+    window,
+    listing,
+    edges_start,
+    edges_stop,
+    full_start,
+    full_stop,
+    unit,
+    scale,
+    softcap,
+    BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    EDGE_WITHIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The keys of a stretch that every row sees, then its edges. EDGE_WITHIN: the former need a mask, too."""
+    sums = _gather_from_keys(
+        sums, outputs, q, dout, offset, delta, keys, pairs, dropout, where, window, listing, full_start,
+        full_stop, unit, scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, EDGE_WITHIN, PRECISION,
+    )  # fmt: skip
+    return _gather_from_keys(
+        sums, outputs, q, dout, offset, delta, keys, pairs, dropout, where, window, listing, edges_start,
+        edges_stop, unit, scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[
     "slopes_step", "last_dropped", "heads_kv", "group", "seqlen_q", "seqlen_k", "shift", "left", "right",
+    "sequences", "ranges_step",
 ])  # fmt: skip
 def dq_kernel(
     q_ptr,
@@ -95,6 +147,7 @@ def dq_kernel(
     dq_ptr,
     dq_strides,
     dslope_ptr,
+    total_ptr,
     bias_ptr,
     bias_strides,
     mask_ptr,
@@ -102,6 +155,11 @@ def dq_kernel(
     slopes_ptr,
     slopes_step,
     lengths_ptr,
+    ranges_ptr,
+    ranges_step,
+    listing,
+    packing,
+    sequences,
     seed_ptr,
     last_dropped,
     kept_scale,
@@ -116,60 +174,103 @@ def dq_kernel(
     right,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq = scale·dS·k of one query tile; and -Σ dS·|position - key| of its rows, if dslope_ptr is given."""
+    """Of one query tile, what there are outputs for: dq = scale·dS·k; -Σ dS·|position - key| of its rows;
+    Σ P·dP of its rows, which is added to what total_ptr, shaped like delta, holds."""
+    visits_ptr, visits_strides, tiles_ptr, tiles_strides, bits_ptr = listing
+    spans_q_ptr, spans_k_ptr, work_ptr = packing
     tile, batch, head, head_kv = tiles.whose_tile(
-        tl.program_id(0), tl.cdiv(seqlen_q, BLOCK_Q), heads_kv, group, right is not None
-    )
+        tl.program_id(0), tiles.tile_count(seqlen_q, sequences, BLOCK_Q), heads_kv, group, work_ptr,
+        right is not None or ranges_ptr is not None,
+    )  # fmt: skip
+    asking = tiles.place_of(batch, spans_q_ptr, seqlen_q)
+    keyed = tiles.place_of(batch, spans_k_ptr, seqlen_k)
+    n_rows = asking[2]
+    shift = tiles.shift_of(shift, n_rows, keyed[2])
     first_row = tile * BLOCK_Q
-    plane = batch * heads_kv * group + head
-    n_keys = visibility.keys_of(batch, lengths_ptr, seqlen_k)
-    lo, full_lo, full_hi, hi = visibility.visible_keys(
-        first_row, seqlen_q, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
-    )
-    q_rows = tiles.rows_of_head(q_ptr, q_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM, False)
-    dout_rows = tiles.rows_of_head(dout_ptr, dout_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM_V, False)
-    q = tiles.load_rows(q_rows, q_strides, first_row, 0, seqlen_q, BLOCK_Q, HEAD_DIM, True, False)
-    dout = tiles.load_rows(dout_rows, dout_strides, first_row, 0, seqlen_q, BLOCK_Q, HEAD_DIM_V, True, False)
-    statistics = tiles.statistics_of(plane, seqlen_q)
-    offset, _ = tiles.row_offsets(offset_ptr + statistics, first_row, seqlen_q, BLOCK_Q, False)
-    delta = tl.load(delta_ptr + statistics + first_row + tl.arange(0, BLOCK_Q))
+    n_keys = visibility.keys_of(batch, lengths_ptr, keyed[2])
+    q_rows = tiles.rows_of_head(q_ptr, q_strides, asking, head, BLOCK_Q, HEAD_DIM, False)
+    dout_rows = tiles.rows_of_head(dout_ptr, dout_strides, asking, head, BLOCK_Q, HEAD_DIM_V, False)
+    q = tiles.load_rows(q_rows, q_strides, first_row, 0, n_rows, BLOCK_Q, HEAD_DIM, True, False)
+    dout = tiles.load_rows(dout_rows, dout_strides, first_row, 0, n_rows, BLOCK_Q, HEAD_DIM_V, True, False)
+    statistics = tiles.statistics_of(batch, head, heads_kv * group, asking[1], seqlen_q, sequences)
+    index = first_row + tl.arange(0, BLOCK_Q)
+    if sequences is None:
+        offset, _ = tiles.row_offsets(offset_ptr + statistics, first_row, n_rows, BLOCK_Q, False)
+        delta = tl.load(delta_ptr + statistics + index)
+    else:  # a tile that nobody needs lies anywhere
+        offset = tl.load(offset_ptr + statistics + index, mask=index < n_rows, other=float("inf"))
+        delta = tl.load(delta_ptr + statistics + index, mask=index < n_rows, other=0.0)
     unit = softmax.score_unit(scale, softcap, softmax.either(bias_ptr, slopes_ptr))
-    k_rows = tiles.rows_of_head(k_ptr, k_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM, False)
-    v_rows = tiles.rows_of_head(v_ptr, v_strides, batch, head_kv, seqlen_k, BLOCK_K, HEAD_DIM_V, False)
+    k_rows = tiles.rows_of_head(k_ptr, k_strides, keyed, head_kv, BLOCK_K, HEAD_DIM, False)
+    v_rows = tiles.rows_of_head(v_ptr, v_strides, keyed, head_kv, BLOCK_K, HEAD_DIM_V, False)
     keys = (k_rows, k_strides, v_rows, v_strides)
-    pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides, None, dslope_ptr)
+    pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides, None)
     if slopes_ptr is not None:
         slope = softmax.slope_of(slopes_ptr, slopes_step, batch, head)
-        pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides, slope, dslope_ptr)
+        pairs = (bias_ptr, bias_strides, mask_ptr, mask_strides, slope)
     dropout = (None, None, None, None)
     if seed_ptr is not None:
-        dropout = (tl.load(seed_ptr), last_dropped, kept_scale, plane)
-    where = (batch, head, visibility.row_numbers(first_row, seqlen_q, BLOCK_Q)[:, None])
-    window = (n_keys, shift, left, right, lo, full_lo, full_hi, hi)
-    edges_stop = hi - (full_hi - full_lo) + BLOCK_K - 1
+        dropout = (tl.load(seed_ptr), last_dropped, kept_scale, batch * heads_kv * group + head)
+    rows = visibility.row_numbers(first_row, n_rows, BLOCK_Q)[:, None]
+    where = (batch, head, rows)
+    outputs = (dq_ptr, dslope_ptr, total_ptr)
+    dq = 0.0
     dslope = 0.0
+    total = 0.0
+    if dq_ptr is not None:
+        dq = tl.zeros([BLOCK_Q, max(16, triton.next_power_of_2(HEAD_DIM))], tl.float32)
     if dslope_ptr is not None:
         dslope = tl.zeros([BLOCK_Q], tl.float32)
-    sums = (tl.zeros([BLOCK_Q, max(16, triton.next_power_of_2(HEAD_DIM))], tl.float32), dslope)
-    sums = _gather_from_keys(
-        sums, q, dout, offset, delta, keys, pairs, dropout, where, window, full_lo, full_hi, unit, scale,
-        softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, PRECISION,
-    )  # fmt: skip
-    sums = _gather_from_keys(
-        sums, q, dout, offset, delta, keys, pairs, dropout, where, window, lo, edges_stop, unit,
-        scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, PRECISION,
-    )  # fmt: skip
+    if total_ptr is not None:
+        total = tl.zeros([BLOCK_Q], tl.float32)
+    sums = (dq, dslope, total)
+    if visits_ptr is not None:
+        visits, n_whole, n_listed = visibility.visits_of(
+            visits_ptr, visits_strides, batch, head, first_row // visibility.TILE
+        )
+        window = (n_keys, shift, None, None, None, 0, 0, 0, n_keys)
+        sums = _gather_from_stretch(
+            sums, outputs, q, dout, offset, delta, keys, pairs, dropout, where, window,
+            (visits, tiles_ptr, tiles_strides, bits_ptr, first_row), n_whole * visibility.TILE,
+            n_listed * visibility.TILE, 0, n_whole * visibility.TILE, unit, scale, softcap,
+            BLOCK_K, HEAD_DIM, HEAD_DIM_V, lengths_ptr is not None, PRECISION,
+        )  # fmt: skip
+    elif ranges_ptr is not None:
+        for segment in tl.static_range(SEGMENTS):
+            limits = visibility.limits_of(ranges_ptr, ranges_step, batch, asking[1], seqlen_q, rows, segment)
+            lo, full_lo, full_hi, hi = visibility.span_of(limits, n_keys, BLOCK_K)
+            window = (n_keys, shift, None, None, limits, lo, full_lo, full_hi, hi)
+            sums = _gather_from_stretch(
+                sums, outputs, q, dout, offset, delta, keys, pairs, dropout, where, window,
+                (None, None, None, None, None), lo, hi - (full_hi - full_lo) + BLOCK_K - 1, full_lo, full_hi,
+                unit, scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, PRECISION,
+            )  # fmt: skip
+    else:
+        lo, full_lo, full_hi, hi = visibility.visible_keys(
+            first_row, n_rows, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
+        )
+        window = (n_keys, shift, left, right, None, lo, full_lo, full_hi, hi)
+        sums = _gather_from_stretch(
+            sums, outputs, q, dout, offset, delta, keys, pairs, dropout, where, window,
+            (None, None, None, None, None), lo, hi - (full_hi - full_lo) + BLOCK_K - 1, full_lo, full_hi,
+            unit, scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, PRECISION,
+        )  # fmt: skip
     # An empty row may hold NaN in q and dout, and its neighbours' keys have met it.
-    dq, dslope = sums
+    dq, dslope, total = sums
     empty = offset == float("inf")
-    dq = tl.where(empty[:, None], 0.0, dq * scale)
-    dq_rows = tiles.rows_of_head(dq_ptr, dq_strides, batch, head, seqlen_q, BLOCK_Q, HEAD_DIM, False)
-    tiles.store_rows(dq_rows, dq_strides, first_row, seqlen_q, dq, BLOCK_Q, HEAD_DIM)
+    if dq_ptr is not None:
+        dq = tl.where(empty[:, None], 0.0, dq * scale)
+        dq_rows = tiles.rows_of_head(dq_ptr, dq_strides, asking, head, BLOCK_Q, HEAD_DIM, False)
+        tiles.store_rows(dq_rows, dq_strides, first_row, n_rows, dq, BLOCK_Q, HEAD_DIM)
     if dslope_ptr is not None:
-        index = first_row + tl.arange(0, BLOCK_Q)
-        ptr = dslope_ptr + plane.to(tl.int64) * seqlen_q + index
-        tl.store(ptr, tl.where(empty, 0.0, dslope), mask=index < seqlen_q)
+        ptr = dslope_ptr + tiles.rows_before(asking, head, heads_kv * group, seqlen_q) + index
+        tl.store(ptr, tl.where(empty, 0.0, dslope), mask=index < n_rows)
+    if total_ptr is not None:
+        ptr = total_ptr + statistics + index
+        before = tl.load(ptr, mask=index < n_rows, other=0.0)
+        tl.store(ptr, tl.where(empty, 0.0, before + total), mask=index < n_rows)

@@ -14,11 +14,22 @@ STATISTICS_PADDING = tl.constexpr(128)
 
 
 @triton.jit
-def whose_tile(pid, tiles, heads_kv, group, LAST_FIRST: tl.constexpr):
+def tile_count(seqlen, sequences, BLOCK: tl.constexpr):
+    """Tiles of an axis; of a packed one as many as its sequences can need, whatever their lengths."""
+    if sequences is not None:
+        return seqlen // BLOCK + sequences
+    else:
+        return tl.cdiv(seqlen, BLOCK)
+
+
+@triton.jit
+def whose_tile(pid, tiles, heads_kv, group, work_ptr, LAST_FIRST: tl.constexpr):
     """(tile, batch, head, head_kv) of a program in a one-dimensional grid.
 
     Programs that share keys are neighbours, so that these stay in L2. LAST_FIRST starts with the
     last tiles, which under a causal mask have the most work, so that the short ones fill the tail.
+    work_ptr: of a packed axis, the sequence and the tile in it for each tile of the axis; then batch is the
+    sequence, -1 for a tile that none needs.
     """
     head_in_group = pid % group
     tile = pid // group % tiles
@@ -26,15 +37,45 @@ def whose_tile(pid, tiles, heads_kv, group, LAST_FIRST: tl.constexpr):
     if LAST_FIRST:
         tile = tiles - 1 - tile
     head_kv = plane % heads_kv
-    return tile, plane // heads_kv, head_kv * group + head_in_group, head_kv
+    batch = plane // heads_kv
+    if work_ptr is not None:
+        batch = tl.load(work_ptr + 2 * tile)
+        tile = tl.load(work_ptr + 2 * tile + 1)
+    return tile, batch, head_kv * group + head_in_group, head_kv
 
 
 @triton.jit
-def rows_of_head(
-    ptr, strides, batch, head, n_rows, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr
-):
-    """Where `load_rows` finds the rows of one head: a pointer, or with TMA a tensor descriptor."""
-    ptr += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+def place_of(batch, spans_ptr, seqlen):
+    """(entry of the batch axis, first row, number of rows) of a batch entry, or of a packed sequence.
+
+    spans_ptr: starts and stops of the sequences. A tile that none needs has no rows.
+    """
+    if spans_ptr is not None:
+        first = tl.load(spans_ptr + 2 * tl.maximum(batch, 0))
+        stop = tl.load(spans_ptr + 2 * tl.maximum(batch, 0) + 1)
+        return batch * 0, first, tl.where(batch < 0, 0, stop - first)
+    else:
+        return batch, 0, seqlen
+
+
+@triton.jit
+def shift_of(shift, n_rows, n_keys):
+    """Position of query 0 on the axis of keys. shift: None where each packed sequence has its own."""
+    if shift is None:
+        return n_keys - n_rows
+    else:
+        return shift
+
+
+@triton.jit
+def rows_of_head(ptr, strides, place, head, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr):
+    """Where `load_rows` finds the rows of one head: a pointer, or with TMA a tensor descriptor.
+
+    place: as `place_of` returns it.
+    """
+    entry, first, n_rows = place
+    ptr += entry.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    ptr += (first + tl.zeros([], tl.int64)) * strides[2]
     if TMA:
         return tl.make_tensor_descriptor(
             ptr, [n_rows, HEAD_DIM], [strides[2], 1], [BLOCK, triton.next_power_of_2(HEAD_DIM)]
@@ -137,10 +178,26 @@ def zero_unless(keep, tile):
 
 
 @triton.jit
-def statistics_of(plane, seqlen_q):
-    """Where the statistics of one query head start: heads are padded to whole tiles of any size, so
-    that the compiler sees the alignment and loads need no mask."""
-    return plane.to(tl.int64) * (tl.cdiv(seqlen_q, STATISTICS_PADDING) * STATISTICS_PADDING)
+def statistics_of(batch, head, heads, first, seqlen_q, sequences):
+    """Where the statistics of a batch entry's, or a packed sequence's, rows start for one query head.
+
+    They are padded to whole tiles of any size, so that the compiler sees the alignment and loads need no
+    mask. A packed sequence starts at a multiple of the padding, at or after its first row, and one further
+    for each sequence before it: so none reaches into the next.
+    """
+    if sequences is not None:
+        of_head = head.to(tl.int64) * (seqlen_q // STATISTICS_PADDING + sequences)
+        return (of_head + first // STATISTICS_PADDING + tl.maximum(batch, 0)) * STATISTICS_PADDING
+    else:
+        plane = (batch * heads + head).to(tl.int64)
+        return plane * (tl.cdiv(seqlen_q, STATISTICS_PADDING) * STATISTICS_PADDING)
+
+
+@triton.jit
+def rows_before(place, head, heads, seqlen_q):
+    """Number of a head's first row, in a tensor (batch, heads, seqlen_q)."""
+    entry, first, _ = place
+    return (entry * heads + head).to(tl.int64) * seqlen_q + first
 
 
 @triton.jit

@@ -6,15 +6,20 @@ The twin of `kernels/visibility.py` for kernels. Conventions: `tiles`.
 import triton
 import triton.language as tl
 
+from .. import spec
+
+TILE = tl.constexpr(spec.TILE)
+HIDDEN = tl.constexpr(spec.HIDDEN)
+
 
 @triton.jit
 def row_numbers(first, n_rows, BLOCK: tl.constexpr):
-    """Positions of BLOCK query rows; those past the end repeat the last one.
+    """Numbers of BLOCK rows; those past the end repeat the last one.
 
     A repeated row sees what the last row sees, so that it changes neither which keys a tile needs
     nor which are hidden from all of its rows, and it may be used as an index.
     """
-    return tl.minimum(first + tl.arange(0, BLOCK), n_rows - 1)
+    return tl.maximum(tl.minimum(first + tl.arange(0, BLOCK), n_rows - 1), 0)
 
 
 @triton.jit
@@ -103,8 +108,106 @@ def visible_queries(
 
 
 @triton.jit
-def element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE: tl.constexpr):
-    """True where a row sees a key; None where nothing can be hidden. mask: loaded tile or None."""
+def limits_of(ranges_ptr, step, batch, first, seqlen, index, SEGMENT: tl.constexpr):
+    """(lo, hi) of one segment for rows (or keys) index: they see keys (or rows) [lo, hi).
+
+    ranges_ptr: (batch, 2 or 4, seqlen), one batch entry after step elements, 0 if all have the same; packed
+    sequences start at `first`.
+    """
+    ptr = ranges_ptr + batch.to(tl.int64) * step + (first + tl.zeros([], tl.int64)) + index
+    ptr += 2 * SEGMENT * (seqlen + tl.zeros([], tl.int64))
+    return tl.load(ptr), tl.load(ptr + seqlen)
+
+
+@triton.jit
+def limits_of_keys(
+    ranges_ptr, step, batch, first, seqlen, first_col, n_keys, BLOCK_K: tl.constexpr, SEGMENT: tl.constexpr
+):
+    """`limits_of` BLOCK_K keys from first_col on, [BLOCK_K, 1]; those from n_keys on see nothing."""
+    cols = first_col + tl.arange(0, BLOCK_K)[:, None]
+    index = tl.maximum(tl.minimum(cols, n_keys - 1), 0)
+    lo, hi = limits_of(ranges_ptr, step, batch, first, seqlen, index, SEGMENT)
+    return lo, tl.where(cols < n_keys, hi, 0)
+
+
+@triton.jit
+def span_of(limits, stop, BLOCK: tl.constexpr):
+    """What `visible_keys` returns, from limits [..., 1] of rows (or keys) that see [lo, hi) below stop."""
+    lo, hi = limits
+    hi = tl.minimum(hi, stop)
+    sees = lo < hi
+    first = tl.min(tl.where(sees, lo, stop))
+    last = tl.max(tl.where(sees, hi, 0))
+    full_lo = tl.minimum(tl.cdiv(tl.max(lo), BLOCK), tl.cdiv(last, BLOCK)) * BLOCK
+    full_hi = tl.maximum(tl.minimum(tl.min(hi), last) // BLOCK * BLOCK, full_lo)
+    return tl.minimum(first, last), full_lo, full_hi, last
+
+
+@triton.jit
+def hull_of(ranges, rows, n_keys, BLOCK_K: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Keys [lo, hi) of which rows [BLOCK_Q, 1] see some. ranges: what `limits_of` takes before its index."""
+    ranges_ptr, step, batch, first, seqlen = ranges
+    lo, _, _, hi = span_of(limits_of(ranges_ptr, step, batch, first, seqlen, rows, 0), n_keys, BLOCK_K)
+    if SEGMENTS == 2:
+        limits = limits_of(ranges_ptr, step, batch, first, seqlen, rows, 1)
+        other_lo, _, _, other_hi = span_of(limits, n_keys, BLOCK_K)
+        lo = tl.minimum(lo, other_lo)
+        hi = tl.maximum(hi, other_hi)
+    return lo, hi
+
+
+@triton.jit
+def in_ranges(ranges, rows, cols, SEGMENTS: tl.constexpr):
+    """Element mask of all segments together; ranges as for `hull_of`."""
+    ranges_ptr, step, batch, first, seqlen = ranges
+    lo, hi = limits_of(ranges_ptr, step, batch, first, seqlen, rows, 0)
+    ok = (cols >= lo) & (cols < hi)
+    if SEGMENTS == 2:
+        lo, hi = limits_of(ranges_ptr, step, batch, first, seqlen, rows, 1)
+        ok = ok | ((cols >= lo) & (cols < hi))
+    return ok
+
+
+@triton.jit
+def visits_of(visits_ptr, visits_strides, batch, head, tile):
+    """(where the list of a row of tiles starts, how many of them are whole, how many there are)."""
+    ptr = visits_ptr + batch.to(tl.int64) * visits_strides[0] + head.to(tl.int64) * visits_strides[1]
+    ptr += tile.to(tl.int64) * visits_strides[2]
+    n_whole = tl.load(ptr)
+    return ptr + 2, n_whole, n_whole + tl.load(ptr + 1)
+
+
+@triton.jit
+def listed(visits, index, BLOCK: tl.constexpr):
+    """The index-th tile of BLOCK rows or keys in a list of tiles of `TILE`."""
+    PARTS: tl.constexpr = TILE // BLOCK
+    nth = index // PARTS
+    return tl.load(visits + nth) * PARTS + (index - nth * PARTS)
+
+
+@triton.jit
+def number_of(tiles_ptr, tiles_strides, batch, head, row, col):
+    """HIDDEN, WHOLE, or which bits the tile of (row, col) has."""
+    ptr = tiles_ptr + batch.to(tl.int64) * tiles_strides[0] + head.to(tl.int64) * tiles_strides[1]
+    return tl.load(ptr + (row // TILE).to(tl.int64) * tiles_strides[2] + col // TILE)
+
+
+@triton.jit
+def bits_at(bits_ptr, number, rows, cols):
+    """Who sees whom in a tile that has bits; all in a whole one, nobody in a hidden one."""
+    WORDS: tl.constexpr = TILE // 32
+    inside = rows % TILE * WORDS + cols % TILE // 32
+    # -1, a whole tile's number, has all bits set; a hidden one's is -2
+    word = tl.load(bits_ptr + number.to(tl.int64) * (TILE * WORDS) + inside, mask=number >= 0, other=-1)
+    return ((word >> (cols % 32)) & 1 != 0) & (number != HIDDEN)
+
+
+@triton.jit
+def element_mask(rows, cols, n_keys, shift, left, right, limits, mask, EDGE: tl.constexpr):
+    """True where a row sees a key; None where nothing can be hidden.
+
+    limits: of the rows, from `limits_of`, or None. mask: loaded tile or None.
+    """
     if EDGE:
         # The end of the keys joins the row's own bound: one comparison per element, not two.
         last = n_keys - 1
@@ -113,6 +216,8 @@ def element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE: tl.constexp
         ok = cols <= last
         if left is not None:
             ok = ok & (cols >= rows + (shift - left))
+        if limits is not None:
+            ok = ok & (cols >= limits[0]) & (cols < limits[1])
         if mask is not None:
             ok = ok & mask
         return ok
@@ -121,7 +226,7 @@ def element_mask(rows, cols, n_keys, shift, left, right, mask, EDGE: tl.constexp
 
 
 @triton.jit
-def element_mask_of_keys(rows, cols, n_keys, shift, left, right, mask, EDGE: tl.constexpr):
+def element_mask_of_keys(rows, cols, n_keys, shift, left, right, limits, mask, EDGE: tl.constexpr):
     """`element_mask` for transposed scores: bounds per key, of which a thread holds few, not per row.
 
     rows may run past the end: their p vanishes, since they have an lse offset of +inf.
@@ -132,6 +237,8 @@ def element_mask_of_keys(rows, cols, n_keys, shift, left, right, mask, EDGE: tl.
             ok = rows >= tl.where(ok, cols - (shift + right), 2147483647)
         if left is not None:
             ok = ok & (rows <= cols - (shift - left))
+        if limits is not None:
+            ok = ok & (rows >= limits[0]) & (rows < limits[1])
         if mask is not None:
             ok = ok & mask
         return ok
