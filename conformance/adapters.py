@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +16,8 @@ from ..kernels import dispatch
 from ..kernels.spec import DTYPES
 from . import library_adapters, multihead_adapters, torch_adapters
 from .budget import Arithmetic
-from .cases import Case, Problem
-from .target import EVERYTHING, Target, as_code, claim, target
+from .cases import OPTIONS, Case, Problem
+from .target import EVERYTHING, Capabilities, Target, as_code, claim, target
 
 ARITHMETIC: dict[str, Arithmetic] = {
     "auto": "kernel",
@@ -35,10 +36,25 @@ def ours(impl: str) -> Target:
         return out, lse
 
     claims = replace(EVERYTHING, dtypes=_dtypes(impl), arithmetic=ARITHMETIC[impl])
+    claims = replace(claims, **dict.fromkeys(_denied(impl), False))
     if impl == "triton":
         # The interpreter truncates where it stores bfloat16: the gradient of such a bias beside others.
-        claims = replace(claims, relative_bias=False, precise=False, any_bias_dtype=torch.cuda.is_available())
+        claims = replace(claims, precise=False, any_bias_dtype=torch.cuda.is_available())
     return Target(f"undivided {impl}", attend, claims)
+
+
+@functools.cache
+def _denied(impl: str) -> frozenset[str]:
+    """The claims that `dispatch` does not let an implementation make: it is asked with each option."""
+    bare = Target("", lambda problem: (problem.q, None), Capabilities())
+    options = [Case(name, **fields) for name, fields in OPTIONS.items()]
+
+    def reasons(case: Case) -> set[str]:
+        return {*dispatch.unsupported_reasons(impl, *case.build(torch.float32).prepared())}
+
+    of_the_machine = reasons(Case("plain"))
+    refused = [bare.refusal(case, torch.float32) for case in options if reasons(case) - of_the_machine]
+    return frozenset(claim for claim in refused if claim is not None)
 
 
 def _ours_on(impl: str, device: torch.device) -> Target:

@@ -19,6 +19,7 @@ from ..kernels.functional import prepare
 from ..kernels.spec import DEFAULTS, AttentionOptions, AttentionSpec, Inputs
 from ..kernels.visibility import visible
 from .distributions import draw
+from .mask_objects import OBJECTS
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Extra:
 @dataclass(frozen=True)
 class Case:
     """One problem, without its numbers. key_lengths are repeated over the batch, negative ones count from
-    seqlen_k; alibi: axes of slopes. relative: buckets of a RelativeBias, and whether it is bidirectional."""
+    seqlen_k; alibi: axes of slopes; mask_object: a name in `OBJECTS`, ANDed with mask. relative:
+    buckets of a RelativeBias, and whether it is bidirectional."""
 
     name: str
     batch: int = 1
@@ -52,6 +54,7 @@ class Case:
     window: tuple[int | None, int | None] | None = None
     key_lengths: tuple[int, ...] | None = None
     mask: Extra | None = None
+    mask_object: str = ""
     bias: Extra | None = None
     softcap: float | None = None
     sinks: bool = False
@@ -92,6 +95,12 @@ class Case:
         if self.mask is not None:
             mask = torch.rand(_shape(self.mask.axes, sizes), generator=generator) > 0.3
             options["mask"] = _squeezed(MASKS[self.mask.pattern](mask)).to(device)
+        if self.mask_object:
+            shown = OBJECTS[self.mask_object](sizes, "top-left" if self.top_left else "bottom-right").to(
+                device
+            )
+            dense = options.get("mask")
+            options["mask"] = shown if dense is None else shown & dense
         if self.bias is not None:
             bias = torch.randn(_shape(self.bias.axes, sizes), generator=generator)
             bias = BIASES[self.bias.pattern](bias, generator)
@@ -288,6 +297,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"window": (5, 1)},
     "key_lengths": {"key_lengths": (21, 0, 40), "batch": 3},
     "mask": {"mask": Extra("empty_rows")},
+    "documents": {"mask_object": "documents", "batch": 2},
+    "predicate": {"mask_object": "predicate"},
     "bias": {"bias": Extra(axes="hqk")},
     "softcap": {"softcap": 1.5},
     "sinks": {"sinks": True},
@@ -335,7 +346,12 @@ def _visibility() -> list[Case]:
     empty += [("first_entry_empty", "b"), ("nothing", "qk")]
     patterns = [Case(f"mask {p} {a}", batch=2, mask=Extra(p, a)) for p, a in padding + empty]
     mask += patterns + [replace(case, name=f"causal {case.name}", causal=True) for case in patterns[:4]]
-    return window + length + mask
+    objects = [Case(f"object {x}", mask_object=x, batch=2, seqlen_q=29, seqlen_k=40) for x in OBJECTS]
+    objects += [
+        replace(c, name=f"window {c.name}", window=(9, 2), key_lengths=(31, 40)) for c in objects[3::3]
+    ]
+    objects += [replace(c, name=f"top-left {c.name}", top_left=True, batch=1) for c in objects[4:6]]
+    return window + length + mask + objects
 
 
 def _numbers() -> list[Case]:

@@ -9,6 +9,7 @@ import torch
 
 from .cases import Case, Extra
 from .covering import Level, Row, covering
+from .mask_objects import OBJECTS
 from .target import Capabilities, Target
 
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
@@ -27,6 +28,8 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "mask of columns": {"mask": Extra("empty_columns", "hk")},
         "left padding": {"mask": Extra("padding_left", "bk")},
         "mask of entries": {"mask": Extra("first_entry_empty", "bk")},
+        **{f"{name} object": {"mask_object": name} for name in OBJECTS if name not in ("causal", "window")},
+        "masked documents": {"mask": Extra(), "mask_object": "documents"},
     },
     "key_lengths": {
         "all keys": {},
@@ -55,7 +58,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "square": {},
         "wide": {"seqlen_q": 17, "seqlen_k": 50},
         "tall": {"seqlen_q": 50, "seqlen_k": 17},
-        "tiny": {"seqlen_q": 3, "seqlen_k": 7},
+        "tiny": {"seqlen_q": 9, "seqlen_k": 13},
         "tiles": {"seqlen_q": 70, "seqlen_k": 139},
         "one query": {"seqlen_q": 1, "seqlen_k": 37},
     },
@@ -73,6 +76,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "precise": {"rounded delta": {}, "precise": {"precise": True}},
+    "batch_invariant": {"any bits": {}, "batch invariant": {"batch_invariant": True}},
     "numbers": {
         "randn": {},
         "outliers": {"distribution": "outlier_channel"},

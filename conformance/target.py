@@ -26,12 +26,13 @@ class Capabilities:
 
     alignments: where the last query stands with causal or a window; both if it can be told. rectangular:
     seqlen_q may differ from seqlen_k. different_head_dims: v's may differ from q's. any_strides: q, k, v
-    need not be contiguous. mask_and_causal: both in one call, ANDed. lse: it returns one; lse_gradient:
-    which is differentiable. dropout: with an int seed; the elements it drops are those of this package
-    (`same_dropout`) or its own. empty: sizes of 0. any_bias_dtype: bias may have another float dtype than
-    q. precise: if asked, no rounding of out reaches backward's delta. deterministic: the same call gives the
-    same bits. batch_invariant: with deterministic="batch" those of a batch entry depend on no other one,
-    nor on its place. compiles: it can be traced, with fake tensors too. arithmetic: see `budget`.
+    need not be contiguous. mask_and_causal: both in one call, ANDed. mask_objects: mask may be an
+    `undivided.Mask`. lse: it returns one; lse_gradient: which is differentiable. dropout: with an int seed;
+    the elements it drops are those of this package (`same_dropout`) or its own. empty: sizes of 0.
+    any_bias_dtype: bias may have another float dtype than q. precise: if asked, no rounding of out reaches
+    backward's delta. deterministic: the same call gives the same bits. batch_invariant: with
+    deterministic="batch" those of a batch entry depend on no other one, nor on its place. compiles: it can be
+    traced, with fake tensors too. arithmetic: see `budget`.
     """
 
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
@@ -51,6 +52,7 @@ class Capabilities:
     window: bool = False
     mask: bool = False
     mask_and_causal: bool = False
+    mask_objects: bool = False
     empty_rows: bool = True
     nan_in_hidden_keys: bool = True
     key_lengths: bool = False
@@ -134,6 +136,7 @@ class Target:
             "window": claims.window or case.window is None,
             "mask": claims.mask or case.mask is None,
             "mask_and_causal": claims.mask_and_causal or case.mask is None or not aligned,
+            "mask_objects": claims.mask_objects or not case.mask_object,
             "key_lengths": claims.key_lengths or case.key_lengths is None,
             "bias": claims.bias or case.bias is None,
             "any_bias_dtype": claims.any_bias_dtype or case.bias is None or case.bias.dtype in (None, dtype),
