@@ -33,8 +33,8 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "key_lengths": {
         "all keys": {},
-        "lengths": {"key_lengths": (-1, -4)},
-        "an empty sequence": {"key_lengths": (0, -1, -4)},
+        "lengths": {"key_lengths": (-1, -2)},
+        "an empty sequence": {"key_lengths": (0, -1, -3)},
     },
     "bias": {
         "no bias": {},

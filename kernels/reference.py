@@ -97,7 +97,11 @@ def _scores_and_values(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Ten
 
 
 def _entries(inputs: Inputs, spec: AttentionSpec) -> Iterator[tuple[Inputs, AttentionSpec]]:
-    """Each batch entry as a problem of its own."""
+    """Each batch entry as a problem of its own. What entries share gets a gradient from each: wide, to be
+    rounded once."""
+    wide = torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
+    shared = {name: getattr(inputs, name) for name in ("bias", "sinks", "slopes", "table")}
+    inputs = inputs._replace(**{name: None if x is None else x.to(wide) for name, x in shared.items()})
     for i in range(inputs.q.shape[0]):
         yield of_entries(inputs, slice(i, i + 1)), spec._replace(first_entry=spec.first_entry + i)
 
