@@ -166,7 +166,10 @@ def test_wrong_input_is_named(
     q: Any, k: Any, v: Any, options: dict[str, Any], error: type[Exception], text: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Nothing may run before the arguments are known to fit; explain refuses with the same words."""
+    """Nothing may run before the arguments are known to fit; explain refuses with the same words.
+
+    (hazard S8, D2, L13, P6)
+    """
     monkeypatch.setattr(ops, "attention", lambda *_: pytest.fail("computed before validation"))
     with pytest.raises(error, match=text):
         attention(q, k, v, **options)
@@ -191,7 +194,10 @@ def test_an_order_that_cannot_be_followed_lists_every_reason(monkeypatch: pytest
 @pytest.mark.parametrize("softcap", [None, 2.0**-60, 2.0**60])
 @pytest.mark.parametrize("scale", [2.0**60, -(2.0**60), 2.0**-60, 1e-300, -1e-300, 0.0])
 def test_extreme_scales(scale: float, softcap: float | None, impl: str, device: torch.device) -> None:
-    """A scale that overflows on its way into the scores gives NaN, one that vanishes must act like 0."""
+    """A scale that overflows on its way into the scores gives NaN, one that vanishes must act like 0.
+
+    (hazard N7)
+    """
     q = torch.eye(6, 16, device=device)[None, None].requires_grad_()  # scores are scale or 0
     v = torch.randn(1, 1, 6, 16, device=device)
     stats = attention(q, q, v, scale=scale, softcap=softcap, want=("lse",), impl=impl)
@@ -223,7 +229,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 
 def test_interpreter_refuses_bfloat16() -> None:
-    """It would return numbers, all of them wrong."""
+    """It would return numbers, all of them wrong (hazard T3)."""
     q = torch.zeros(1, 1, 2, 16, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match="interpreter multiplies bfloat16 wrongly"):
         attention(q, q, q, impl="triton")
@@ -231,7 +237,7 @@ def test_interpreter_refuses_bfloat16() -> None:
 
 @pytest.mark.parametrize("how", ["allow_tf32", "fp32_precision", "set_float32_matmul_precision"])
 def test_tf32_follows_every_way_of_asking(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some of PyTorch's getters raise once another of its setters was used."""
+    """Some of PyTorch's getters raise once another of its setters was used (hazard N12)."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
@@ -308,7 +314,10 @@ def test_untried_hardware_is_mentioned_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("axis", range(6))
 def test_empty_problems(axis: int, device: torch.device) -> None:
-    """batch, heads_q, heads_kv, seqlen_q or seqlen_k is 0: zeros, lse -inf, zero gradients."""
+    """batch, heads_q, heads_kv, seqlen_q or seqlen_k is 0: zeros, lse -inf, zero gradients.
+
+    (hazard S1, S2)
+    """
     batch, heads_q, heads_kv, seqlen_q, seqlen_k = (
         0 if i == axis else n for i, n in enumerate((2, 4, 2, 5, 7))
     )
@@ -329,6 +338,7 @@ def test_empty_problems(axis: int, device: torch.device) -> None:
 
 
 def test_batch_of_one_broadcasts_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys repeated for each entry, or read with strides of others (hazard L3)."""
     seen = []
     forward = ops._implementation("fallback").attention_forward
     monkeypatch.setattr(

@@ -56,7 +56,7 @@ def test_several_biases_are_added(impl: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_biases_are_added_in_float32(dtype: torch.dtype) -> None:
-    """A sum in 16 bits, which rounds, and overflows where a mask meets a mask."""
+    """A sum in 16 bits, which rounds, and overflows where a mask meets a mask (hazard N18)."""
     q, k, v = qkv(torch.device("cpu"))
     a, b = (4 * torch.randn(9, 12).to(dtype) for _ in range(2))
     expected = attention(q, k, v, bias=a.float() + b.float(), impl="reference")

@@ -29,7 +29,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("precise", [False, True], ids=["delta from out", "precise"])
 def test_a_correct_kernel_fits(distribution: str, dtype: torch.dtype, precise: bool) -> None:
-    """A budget so tight that rounding P, dS and out once breaks it; with precise P and dS."""
+    """A budget so tight that rounding P, dS and out once breaks it; with precise P and dS (hazard N17)."""
     for case in SHAPES:
         for seed in range(3):
             problem = replace(case, distribution=distribution, precise=precise).build(dtype, seed=seed)
@@ -42,7 +42,7 @@ SEEN = [name for name, bug in BUGS.items() if name not in UNSEEN and bug.dtype !
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bug", SEEN)
 def test_a_planted_bug_does_not(bug: str, dtype: torch.dtype) -> None:
-    """A budget, or a case, so loose that a real bug passes."""
+    """A budget, or a case, so loose that a real bug passes (hazard N22, S7, S9)."""
     problem = BUGS[bug].case.build(dtype)
     oracle = expected(problem)
     assert_within_budget(flash_model(problem), oracle, "kernel")
@@ -60,7 +60,7 @@ def test_rounded_scores_show_without_lse(distribution: str, dtype: torch.dtype) 
 
 
 def test_tf32_does_not_pass_for_float32() -> None:
-    """float32 products in tf32, Triton's default: three digits instead of seven."""
+    """float32 products in tf32, Triton's default: three digits instead of seven (hazard N12)."""
     problem = PLAIN.build(torch.float32)
     assert_within_budget(flash_model(problem), expected(problem), "kernel")
     with pytest.raises(AssertionError, match=r"(?s)out.*lse.*dq.*dk.*dv"):
@@ -87,7 +87,7 @@ def test_one_wrong_element_is_found_and_named(solved: tuple[Results, Oracle], ou
 
 
 def test_an_empty_row_must_have_lse_minus_infinity(solved: tuple[Results, Oracle]) -> None:
-    """Query 0 sees nothing here. A finite sentinel or +inf in its lse."""
+    """Query 0 sees nothing here. A finite sentinel or +inf in its lse (hazard N2)."""
     actual, oracle = solved
     assert actual.lse[0, 0, 0] == -math.inf
     for sentinel in (-1e30, math.inf, 0.0, torch.finfo(torch.float32).min):

@@ -29,7 +29,10 @@ def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.compile
 def test_sample_of_the_shipped_kernels_passes_its_gates(tmp_path: Path) -> None:
-    """Spills, a lost matrix instruction or a kernel that no longer fits show here, long before a GPU."""
+    """Spills, a lost matrix instruction or a kernel that no longer fits show here, long before a GPU.
+
+    (hazard D8, T7)
+    """
     command = ["-m", "undivided.bench.static", "--options", "plain", "bias", "--json", "figures.json"]
     done = python(*command, folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -68,7 +71,10 @@ print(json.dumps({name: len(found) for name, found in keys.items()}))
 
 
 def test_no_sequence_length_recompiles(tmp_path: Path) -> None:
-    """Triton specialises integers that are 1 or multiples of 16: lengths must be exempt from that."""
+    """Triton specialises integers that are 1 or multiples of 16: lengths must be exempt from that.
+
+    (hazard T4)
+    """
     done = python("-c", KEYS, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)

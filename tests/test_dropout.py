@@ -51,7 +51,7 @@ def true_mask(problem: Problem) -> Tensor:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("seed", [0, 7, 2**63 + 12345])
 def test_the_same_elements_are_dropped_by_everyone(impl: str, seed: int, device: torch.device) -> None:
-    """Bits that depend on the tile size, the pass, or half of the seed; a forgotten 1/(1 - p)."""
+    """Bits that depend on the tile size, the pass, or half of the seed; a forgotten 1/(1 - p) (hazard R7)."""
     problem = mask_reader(0.3, seed - 2**64 if seed >= 2**63 else seed)
     forward, backward = masks(impl, problem, device)
     keep = true_mask(problem)
@@ -62,7 +62,7 @@ def test_the_same_elements_are_dropped_by_everyone(impl: str, seed: int, device:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_every_row_column_head_and_entry_has_its_own_bits(impl: str, device: torch.device) -> None:
-    """The same randomness for all heads, batch entries or tiles."""
+    """The same randomness for all heads, batch entries or tiles (hazard R10)."""
     keep = masks(impl, mask_reader(0.5, cols=72, rows=70), device)[0] > 0
     planes = keep.flatten(0, 1)
     for a in range(len(planes)):
@@ -99,7 +99,7 @@ def test_counts_are_binomial() -> None:
 
 
 def test_small_probabilities_are_not_quantised() -> None:
-    """A threshold of 8 bits: p = 0.002 would drop 0.0039."""
+    """A threshold of 8 bits: p = 0.002 would drop 0.0039 (hazard R8)."""
     keep = keep_mask(torch.tensor(3), 0.002, 4, 4, range(512), range(512))
     assert_binomial(keep.sum(), keep.numel(), 0.998, 1)
 

@@ -48,7 +48,7 @@ def every_case() -> list[object]:
 
 @pytest.mark.parametrize(("impl", "dtype", "case"), every_case())
 def test_within_budget(impl: str, dtype: torch.dtype, case: Case, device: torch.device) -> None:
-    """Any wrong value or gradient, in any element."""
+    """Any wrong value or gradient, in any element (hazard N19, S4, S5, L4, L7)."""
     if case.bias is not None and case.bias.dtype == BRAIN and impl == "triton" and not NATIVE:
         pytest.skip("the interpreter truncates what it stores in bf16")
     check(impl, dtype, case, device)

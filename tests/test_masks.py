@@ -467,7 +467,10 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_masks_are_named(name: str) -> None:
-    """A mask built for another call that broadcasts into this one, or an error from deep inside."""
+    """A mask built for another call that broadcasts into this one, or an error from deep inside.
+
+    (hazard S13)
+    """
     make, error, words = WRONG[name]
     q, k, v = call(9, 9)
     with pytest.raises(error, match=words):

@@ -41,7 +41,7 @@ def assert_same(a: Results, b: Results) -> None:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_nothing_outside_a_tensor_is_read(impl: str, problem: Problem) -> None:
-    """A load past the last row, column or head, or one that ignores a stride."""
+    """A load past the last row, column or head, or one that ignores a stride (hazard S12)."""
     fence = problem.mapped(fenced)
     assert_within_a_last_bit(evaluate(ours(impl), fence), evaluate(ours(impl), problem))
 
@@ -55,7 +55,10 @@ def assert_within_a_last_bit(a: Results, b: Results) -> None:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_every_element_is_written(impl: str, problem: Problem) -> None:
-    """Rows without keys, heads of a group or a last partial tile that a kernel forgets to store."""
+    """Rows without keys, heads of a group or a last partial tile that a kernel forgets to store.
+
+    (hazard L11)
+    """
     with poisoned_allocations():
         poisoned = evaluate(ours(impl), problem)
     assert_same(poisoned, evaluate(ours(impl), problem))
@@ -63,7 +66,7 @@ def test_every_element_is_written(impl: str, problem: Problem) -> None:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_inputs_are_not_modified(impl: str, problem: Problem) -> None:
-    """q scaled in place, a mask completed in place, dout used as scratch."""
+    """q scaled in place, a mask completed in place, dout used as scratch (hazard L12)."""
     before = problem.mapped(torch.clone)
     evaluate(ours(impl), problem)
     for a, b in zip(problem, before):
@@ -85,7 +88,10 @@ HIDDEN = {
 @pytest.mark.parametrize("hiding", HIDDEN)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_hidden_keys_may_hold_anything(impl: str, hiding: str, device: torch.device) -> None:
-    """0·NaN: scores masked after the product, but not the values; a gradient for what nobody saw."""
+    """0·NaN: scores masked after the product, but not the values; a gradient for what nobody saw.
+
+    (hazard N15)
+    """
     problem = HIDDEN[hiding].build(torch.float32, device)
     hidden = hidden_keys(problem)
     assert hidden.any()
@@ -103,7 +109,7 @@ def test_hidden_keys_may_hold_anything(impl: str, hiding: str, device: torch.dev
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_empty_rows_may_hold_anything(impl: str, device: torch.device) -> None:
-    """NaN in q, dout or dlse of a row that sees nothing, multiplied by 0 instead of replaced."""
+    """NaN in q, dout or dlse of a row that sees nothing, multiplied by 0 instead of replaced (hazard N1)."""
     for case in (
         Case("mask", mask=Extra("empty_rows", "q"), bias=Extra(axes="hqk")),
         Case("causal", seqlen_q=20, seqlen_k=10, causal=True, heads_kv=1),

@@ -43,7 +43,10 @@ def test_it_does_not_matter_who_merges_first() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_an_empty_part_changes_nothing(dtype: torch.dtype) -> None:
-    """NaN from -inf - -inf or from what an empty part holds; a sign of zero lost; gradients of NaN."""
+    """NaN from -inf - -inf or from what an empty part holds; a sign of zero lost; gradients of NaN.
+
+    (hazard N3)
+    """
     out = torch.tensor([[-0.0, 1.5], [2.0, -3.0]], dtype=dtype, requires_grad=True)
     lse = torch.tensor([100.0, -torch.inf], requires_grad=True)
     rest, nothing = torch.full((2, 2), torch.nan, dtype=dtype), torch.full((2,), -torch.inf)

@@ -52,7 +52,7 @@ def gradients(call: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ..
 
 @pytest.mark.parametrize(("impl", "layout"), [("fallback", "BHSD"), ("fallback", "BSHD"), ("triton", "BSHD")])
 def test_opcheck(impl: str, layout: str, device: torch.device) -> None:
-    """Fakes that lie about shapes or strides, mutated inputs, results that alias inputs."""
+    """Fakes that lie about shapes or strides, mutated inputs, results that alias inputs (hazard L8, C1)."""
     sizes = ((2, 4, 5, 16), (2, 2, 7, 16), (2, 2, 7, 8))
     q, k, v = (torch.randn(size, device=device) for size in sizes)
     if layout == "BSHD":
@@ -147,7 +147,10 @@ def test_compile_with_options_and_sdpa_facade() -> None:
 
 
 def test_compile_with_a_scale_that_varies() -> None:
-    """A dynamic float is no float to math.isfinite: several layers with a scale each broke the graph."""
+    """A dynamic float is no float to math.isfinite: several layers with a scale each broke the graph.
+
+    (hazard L9)
+    """
     torch._dynamo.reset()
     q = torch.randn(2, 4, 6, 8)
 
@@ -160,6 +163,7 @@ def test_compile_with_a_scale_that_varies() -> None:
 
 
 def test_compile_does_not_recompile_per_length() -> None:
+    """A graph for each length (hazard C2)."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(windowed, fullgraph=True, backend=counter, dynamic=True)
@@ -171,6 +175,8 @@ def test_compile_does_not_recompile_per_length() -> None:
 
 
 def test_export_keeps_one_operator(qkv: tuple[Tensor, ...]) -> None:
+    """An operator that export takes apart (hazard C5)."""
+
     class Model(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return windowed(q, k, v)
@@ -184,7 +190,7 @@ def test_export_keeps_one_operator(qkv: tuple[Tensor, ...]) -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint_replays_dropout(use_reentrant: bool) -> None:
-    """A seed drawn anew in the recomputation gives gradients of another mask."""
+    """A seed drawn anew in the recomputation gives gradients of another mask (hazard A8, R9)."""
     q = leaf(1, 2, 9, 8)
 
     def call(q: Tensor) -> Tensor:
@@ -212,6 +218,7 @@ def test_func_grad(qkv: tuple[Tensor, ...]) -> None:
 
 @pytest.mark.parametrize("in_dims", [(0, None, None), (1, 0, 2), (None, 0, None)])
 def test_vmap(in_dims: tuple[int | None, ...]) -> None:
+    """Examples folded into the batch in another order (hazard A10)."""
     shapes = ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6))
     tensors = []
     for shape, dim in zip(shapes, in_dims, strict=True):
@@ -269,6 +276,7 @@ class TestNeverSilentZeros:
     """What fused attention cannot differentiate it refuses; the reference can."""
 
     def test_jvp_of_jvp(self, qkv: tuple[Tensor, ...]) -> None:
+        """Zeros as a tangent of a tangent (hazard A10)."""
         q, k, v = (x.detach() for x in qkv)
 
         def moved(q: Tensor) -> Tensor:
@@ -278,7 +286,7 @@ class TestNeverSilentZeros:
             torch.func.jvp(moved, (q,), (q,))
 
     def test_third_derivative(self, qkv: tuple[Tensor, ...]) -> None:
-        """dout needs no gradient here, q does."""
+        """dout needs no gradient here, q does (hazard A3)."""
         q = qkv[0]
         (dq,) = torch.autograd.grad(windowed(*qkv).sum(), q, create_graph=True)
         (ddq,) = torch.autograd.grad(dq.square().sum(), q, create_graph=True)
@@ -311,6 +319,7 @@ class TestNeverSilentZeros:
 
 @pytest.mark.parametrize("needs", itertools.product((False, True), repeat=N_GRADIENTS))
 def test_every_subset_of_gradients(needs: tuple[bool, ...]) -> None:
+    """A gradient that only comes along with another, or comes unasked (hazard A1, A5)."""
     tensors = [
         torch.randn(*s) for s in ((1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8), (5, 5), (2,), (2,), (4, 2))
     ]
@@ -342,6 +351,7 @@ def test_lse_alone_has_gradients_and_v_gets_zero(qkv: tuple[Tensor, ...]) -> Non
 
 
 def test_saved_tensors_notice_in_place_edits() -> None:
+    """Gradients of what q was changed into (hazard A9)."""
     q = leaf(1, 2, 5, 8)
     x = q * 1
     out = attention(x, x, x)
@@ -484,6 +494,7 @@ print(counter.get_total_flops())
 
 
 def test_autocast_casts_q_k_v_but_not_bias() -> None:
+    """Operands of mixed dtypes, or a bias that loses digits (hazard A7)."""
     q, bias = leaf(1, 2, 6, 8, dtype=torch.float32), leaf(6, 6, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = attention(q, q.bfloat16(), q, bias=bias)

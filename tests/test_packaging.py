@@ -198,7 +198,10 @@ print("triton" in sys.modules, "transformers" in sys.modules, "matplotlib" in sy
 
 
 def test_importing_leaves_everything_as_it_was(tmp_path: Path) -> None:
-    """Catches a device initialised, random numbers drawn or a global setting changed by the import."""
+    """Catches a device initialised, random numbers drawn or a global setting changed by the import.
+
+    (hazard D10)
+    """
     code = """
 import os, warnings, torch
 

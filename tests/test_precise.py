@@ -27,7 +27,7 @@ def without(problem: Problem) -> Problem:
 def test_it_keeps_digits_that_the_rounded_out_has_not(
     impl: str, distribution: str, device: torch.device
 ) -> None:
-    """The option ignored, or its budget so loose that ignoring it passes."""
+    """The option ignored, or its budget so loose that ignoring it passes (hazard N9)."""
     dtype = torch.bfloat16 if torch.bfloat16 in ours(impl).capabilities.dtypes else torch.float16
     problem = replace(CASE, distribution=distribution).build(dtype, device)
     oracle = expected(problem)

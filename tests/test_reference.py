@@ -51,7 +51,7 @@ def test_top_left_causal_is_pytorchs(lengths: tuple[int, int]) -> None:
 
 
 def test_grouped_heads_are_pytorchs() -> None:
-    """Query heads assigned to key heads in the wrong order."""
+    """Query heads assigned to key heads in the wrong order (hazard S9)."""
     compare_with_pytorch(Case("grouped", heads_q=6), enable_gqa=True)
 
 
@@ -70,7 +70,10 @@ DIFFERENTIATED = {"plain": {}, **OPTIONS, "rows": {"mask": Extra("empty_rows", "
 
 @pytest.mark.parametrize("option", DIFFERENTIATED)
 def test_gradients_are_those_of_finite_differences(option: str) -> None:
-    """An option that forward has and backward forgot; a second derivative that is silently wrong."""
+    """An option that forward has and backward forgot; a second derivative that is silently wrong.
+
+    (hazard A2)
+    """
     fields = {"seqlen_k": 7} if option == "rectangular" else DIFFERENTIATED[option]
     if option == "key_lengths":
         fields = {"key_lengths": (3, 0)}
@@ -94,7 +97,7 @@ def seen(seqlen_q: int, seqlen_k: int, **spec: object) -> list[str]:
 
 
 def test_causal_alignment() -> None:
-    """The two conventions, drawn. Bottom-right: the last query sees the last key."""
+    """The two conventions, drawn. Bottom-right: the last query sees the last key (hazard S6)."""
     assert seen(2, 5, right=0) == ["xxxx.", "xxxxx"]
     assert seen(5, 2, right=0) == ["..", "..", "..", "x.", "xx"]
     assert seen(2, 5, right=0, top_left=True) == ["x....", "xx..."]
@@ -111,7 +114,10 @@ def test_window_includes_both_ends() -> None:
 @pytest.mark.parametrize("top_left", [False, True])
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(4, 4), (3, 7), (7, 3), (1, 5), (5, 1)])
 def test_windows_against_brute_force(seqlen_q: int, seqlen_k: int, top_left: bool) -> None:
-    """Every window of every small problem, and the tiles' bounds, against the sentence that defines them."""
+    """Every window of every small problem, and the tiles' bounds, against the sentence that defines them.
+
+    (hazard S7)
+    """
     shift = 0 if top_left else seqlen_k - seqlen_q
     for left, right in itertools.product((None, 0, 1, 3, 9), repeat=2):
         spec = AttentionSpec(1.0, left, right, top_left)

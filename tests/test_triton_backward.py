@@ -66,7 +66,10 @@ TILED = [
 def test_any_tile_size_is_right_and_stays_inside(
     case: Case, blocks: tuple[int, int], device: torch.device
 ) -> None:
-    """First or last tile of a range miscounted, dropout bits that depend on tiles, a tile overshooting."""
+    """First or last tile of a range miscounted, dropout bits that depend on tiles, a tile overshooting.
+
+    (hazard S12)
+    """
     problem = case.build(SINGLE, device)
     options = {n: fenced(x) if isinstance(x, Tensor) else x for n, x in problem.options.items()}
     problem = problem._replace(
@@ -79,7 +82,7 @@ def test_any_tile_size_is_right_and_stays_inside(
 
 @pytest.mark.parametrize("heads", [(2, 2), (3, 1), (8, 1), (6, 2)], ids=str)
 def test_groups_of_query_heads(heads: tuple[int, int], device: torch.device) -> None:
-    """dk and dv that miss heads of the group, or take those of its neighbour."""
+    """dk and dv that miss heads of the group, or take those of its neighbour (hazard N19)."""
     heads_q, heads_kv = heads
     problem = Case("group", batch=2, heads_q=heads_q, heads_kv=heads_kv, causal=True).build(HALF, device)
     assert_right(backward(problem), problem)
@@ -87,7 +90,7 @@ def test_groups_of_query_heads(heads: tuple[int, int], device: torch.device) -> 
 
 @pytest.mark.parametrize("seqlen_q", [1, 127, 129])
 def test_row_statistics_of_every_head(seqlen_q: int, device: torch.device) -> None:
-    """Statistics are padded per head: one head reading those of another, or the padding's."""
+    """Statistics are padded per head: one head reading those of another, or the padding's (hazard S12)."""
     problem = Case("rows", batch=2, heads_q=3, heads_kv=1, seqlen_q=seqlen_q, seqlen_k=20).build(
         SINGLE, device
     )
@@ -103,7 +106,7 @@ def test_large_heads_have_dk_and_dv_apart(head_dims: tuple[int, int], device: to
 
 
 def test_dout_of_a_sum(device: torch.device) -> None:
-    """`out.sum().backward()`: dout has stride 0 everywhere. And a transposed one."""
+    """`out.sum().backward()`: dout has stride 0 everywhere. And a transposed one (hazard L1, L2)."""
     problem = Case("sum", batch=2, heads_q=2, heads_kv=2, causal=True, head_dim=24).build(SINGLE, device)
     for dout in (torch.ones((), device=device).expand(problem.dout.shape), problem.dout.mT.contiguous().mT):
         assert dout.stride(-1) != 1
@@ -141,7 +144,7 @@ def test_only_what_is_needed_is_computed(device: torch.device) -> None:
 
 @pytest.mark.parametrize("axes", ["".join(a) for n in range(5) for a in itertools.combinations("bhqk", n)])
 def test_dbias_of_every_broadcast(axes: str, device: torch.device) -> None:
-    """A sum that misses a batch entry, head or tile; a tile of the bias that nobody writes."""
+    """A sum that misses a batch entry, head or tile; a tile of the bias that nobody writes (hazard N23)."""
     case = Case("bias", batch=2, heads_q=4, heads_kv=2, seqlen_q=35, window=(20, 8), key_lengths=(33, 21))
     case = Case(**{**vars(case), "bias": Extra(axes=axes)})
     problem = case.build(HALF, device)
@@ -152,7 +155,7 @@ def test_dbias_of_every_broadcast(axes: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE, torch.float64], ids=str)
 def test_dbias_has_the_dtype_of_bias(dtype: torch.dtype, device: torch.device) -> None:
-    """Accumulated in the bias' dtype instead of fp32, or stored in q's."""
+    """Accumulated in the bias' dtype instead of fp32, or stored in q's (hazard N23)."""
     case = Case("bias", batch=2, seqlen_q=70, bias=Extra(axes="k", dtype=dtype))
     problem = case.build(HALF, device)
     gradients = backward(problem)
@@ -161,7 +164,7 @@ def test_dbias_has_the_dtype_of_bias(dtype: torch.dtype, device: torch.device) -
 
 
 def test_the_same_bits_on_every_run(device: torch.device) -> None:
-    """Atomics, or a race between programs."""
+    """Atomics, or a race between programs (hazard R1)."""
     case = Case("race", heads_q=6, heads_kv=2, seqlen_q=50, causal=True, bias=Extra(axes="k"))
     problem = case.build(HALF, device)
     first = backward(problem)
@@ -186,7 +189,7 @@ def far(x: Tensor, axis: int, memory: Tensor, start: int) -> Tensor:
 
 @pytest.mark.parametrize("axis", range(4), ids=["batch", "head", "row", "column"])
 def test_addresses_have_64_bits(axis: int, far_memory: Tensor, device: torch.device) -> None:
-    """index · stride beyond 2^31 computed in 32 bits: silent garbage long before it crashes."""
+    """index · stride beyond 2^31 computed in 32 bits: silent garbage long before it crashes (hazard S10)."""
     case = Case("far", batch=3, heads_q=3, heads_kv=3, seqlen_q=18, seqlen_k=19, bias=Extra(axes="bhqk"))
     near = case.build(HALF, device)
     names = ("q", "k", "v", "dout")

@@ -51,7 +51,7 @@ def assert_right(inputs: Inputs, spec: AttentionSpec, config: TileConfig | None)
 def test_any_tile_size_is_right(
     config: TileConfig, dtype: torch.dtype, left: int | None, right: int | None, device: torch.device
 ) -> None:
-    """An edge tile visited twice or not at all; a row whose first tile is empty."""
+    """An edge tile visited twice or not at all; a row whose first tile is empty (hazard S12)."""
     assert_right(draw(device, dtype), AttentionSpec(0.3, left, right), config)
 
 
@@ -93,7 +93,7 @@ def test_values_hidden_from_everybody_stay_out(device: torch.device) -> None:
 
 
 def test_scores_beyond_the_precision_of_the_exponent(device: torch.device) -> None:
-    """exp2(fma(s, c, -round(max c))) is not 1 at the maximum: overflow at |max c| > 2^27."""
+    """exp2(fma(s, c, -round(max c))) is not 1 at the maximum: overflow at |max c| > 2^27 (hazard N5)."""
     x = torch.full((1, 1, 40, 64), 133120.0, device=device)
     out, lse, _ = attention_forward(Inputs(x, x, x), AttentionSpec(0.125))
     assert torch.equal(out, x)
@@ -112,6 +112,8 @@ def test_offsets_beyond_32_bits(device: torch.device) -> None:
     """rows * stride computed in int32 wraps around to poison before the tensor.
 
     The buffer is larger than what is touched: its pages stay uncommitted.
+
+    (hazard S10)
     """
     stride, rows = 2**26, 40
     buffer = torch.empty(2**31 + rows * stride, dtype=torch.float16, device=device)
@@ -236,7 +238,10 @@ def check_ranges(bounds: list[int], block: Tensor, step: int, whole_height: bool
 
 
 def test_one_binary_serves_every_length_window_and_batch() -> None:
-    """Triton compiles anew for a run-time 1 or multiple of 16 unless it is told not to: seconds at a call."""
+    """Triton compiles anew for a run-time 1 or multiple of 16 unless it is told not to: seconds at a call.
+
+    (hazard T4)
+    """
     script = """
 import itertools
 import torch
@@ -272,7 +277,7 @@ print(len(keys))
 
 @pytest.mark.parametrize("arch", [*TABLE, "interpreter", "sm_75"])
 def test_every_head_dim_up_to_512_has_tiles(arch: str) -> None:
-    """A hole in the table, or a tile tl.dot cannot multiply."""
+    """A hole in the table, or a tile tl.dot cannot multiply (hazard S4)."""
     for kernel, head_dim, dtype, busy in itertools.product(
         ("forward", "dkdv", "dq", "dbias"), (1, 64, 65, 512), (torch.float16, torch.float32), (False, True)
     ):

@@ -97,7 +97,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("error", FAULTS, ids=str)
 def test_a_fault_is_neither_retried_nor_remembered(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a fault on the device, whatever the fallback computes there is garbage."""
+    """After a fault on the device, whatever the fallback computes there is garbage (hazard D7)."""
     kernel = Broken(error)
     monkeypatch.setattr(forward, "_forward_kernel", kernel)
     monkeypatch.setattr(
