@@ -264,7 +264,9 @@ def _rows_of_mask(inputs: Inputs, spec: AttentionSpec) -> int:
     q, mask, bias = inputs.q, inputs.mask, inputs.bias
     given = [x for x in (mask, bias, inputs.slopes) if x is not None]
     given += [] if inputs.table is None else [inputs.table[None, 0]]  # as many planes as heads
-    if inputs.slopes is None and inputs.table is None and spec.left is None and spec.right is None:
+    given += [] if inputs.tiles is None else [inputs.tiles]
+    made = (inputs.slopes, inputs.table, inputs.ranges, inputs.tiles, spec.left, spec.right)
+    if all(x is None for x in made):
         is_row = all(x.shape[2] == 1 for x in given)
         is_there = mask is None and bias is not None and bias.dtype == q.dtype and bias.stride(3) == 1
         if is_row or is_there:

@@ -70,7 +70,7 @@ def plan(
 
     if limits.whole and not elementwise and not left_binds:
         edge = first_hidden - 1 if right_binds else hi
-        parts = [*_split(lo, edge, limits.cols, lo, edge)]
+        parts = [*split(lo, edge, limits.cols, lo, edge)]
         if right_binds:
             parts.append(Part(slice(edge, hi), "causal"))
         return (Strip(slice(start, end), tuple(parts)),)
@@ -79,7 +79,7 @@ def plan(
     for first in range(start, end, limits.rows):
         last = min(first + limits.rows, end) - 1
         inner = (0, 0) if elementwise else (bounds(last, last)[0], bounds(first, first)[1])
-        parts = [*_split(*bounds(first, last), limits.cols, *inner)]
+        parts = [*split(*bounds(first, last), limits.cols, *inner)]
         strips.append(Strip(slice(first, last + 1), tuple(parts)))
     return tuple(strips)
 
@@ -117,7 +117,7 @@ def _rows_that_see(spec: AttentionSpec, seqlen_q: int, seqlen_k: int, stop: int)
     return (start, end) if stop > 0 else (0, 0)
 
 
-def _split(lo: int, hi: int, step: int, inner_lo: int, inner_hi: int) -> list[Part]:
+def split(lo: int, hi: int, step: int, inner_lo: int, inner_hi: int) -> list[Part]:
     """Keys [lo, hi) in steps; what lies within [inner_lo, inner_hi) is visible to all rows."""
     parts = []
     for col in range(lo, hi, step):

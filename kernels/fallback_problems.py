@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .fallback_band import Band
 from .fallback_blocks import FlashEngine, MatmulEngine
+from .fallback_mask_plan import plan_of_ranges, plan_of_tiles
 from .fallback_plan import Run, Strip, plan, runs
 from .spec import AttentionSpec, Inputs, of_entries
 from .visibility import visible
@@ -39,15 +40,22 @@ def problems(
 ) -> Iterator[Problem]:
     """Cut the batch; poison: tensors whose NaN or Inf hidden keys could carry on."""
     seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
-    for entries, own, stop in _by_length(inputs, spec):
-        masked = any(x is not None for x in (own.mask, own.ranges, own.tiles, own.key_lengths))
-        asked = spec, seqlen_q, seqlen_k, stop, masked, engine.limits(own, spec)
-        strips = plan(*asked)
-        seen = _seen(own, spec, strips) if masked and not _harmless([x[entries] for x in poison]) else None
+    for entries, own, stop in _alike(inputs, spec):
+        masked, limits = own.mask is not None or own.key_lengths is not None, engine.limits(own, spec)
+        repeated: tuple[Run, ...] = ()
+        if own.ranges is not None:
+            strips = plan_of_ranges(own.ranges[0], stop, masked, limits)
+        elif own.tiles is not None:
+            strips = plan_of_tiles(own.tiles, seqlen_q, stop, masked, limits)
+        else:
+            asked = spec, seqlen_q, seqlen_k, stop, masked, limits
+            strips, repeated = plan(*asked), runs(*asked)
+        hides = masked or own.ranges is not None or own.tiles is not None
+        seen = _seen(own, spec, strips) if hides and not _harmless([x[entries] for x in poison]) else None
         nothing_added = all(x is None for x in (own.bias, own.slopes, own.table))
-        is_band = engine is FlashEngine and not masked and nothing_added
+        is_band = engine is FlashEngine and not hides and nothing_added
         yield Problem(
-            entries, own, spec, strips, runs(*asked), seen, Band(own, spec, strips) if is_band else None
+            entries, own, spec, strips, repeated, seen, Band(own, spec, strips) if is_band else None
         )
 
 
@@ -56,26 +64,41 @@ def _harmless(tensors: list[Tensor]) -> bool:
     return tensors[0].device.type == "cpu" and all(bool(x.sum(dtype=_wide(x)).isfinite()) for x in tensors)
 
 
-def _by_length(inputs: Inputs, spec: AttentionSpec) -> Iterator[tuple[slice, Inputs, int]]:
-    """Runs of batch entries with equal key_lengths, without them, and that length.
+def _alike(inputs: Inputs, spec: AttentionSpec) -> Iterator[tuple[slice, Inputs, int]]:
+    """Runs of batch entries with equal key_lengths, without them, that length, and blocks in the same places.
 
     Keys past the length are then never touched. Elsewhere than on a CPU reading lengths would
     synchronise: they stay a mask. With `batch_invariant` each entry is alone: sizes of blocks, and how
     PyTorch's operators share work among threads, depend on how many entries there are.
     """
-    batch, seqlen_k = inputs.q.shape[0], inputs.k.shape[2]
-    lengths = [seqlen_k] * batch
-    readable = inputs.key_lengths is not None and inputs.q.device.type == "cpu"
-    if inputs.key_lengths is not None and readable:
-        lengths = inputs.key_lengths.clamp(0, seqlen_k).tolist()
-    elif not spec.batch_invariant:
+    (batch, _, seqlen_k, _), lengths = inputs.k.shape, inputs.key_lengths
+    given = (lengths, inputs.ranges, inputs.tiles)
+    if not spec.batch_invariant and all(x is None for x in given):
         yield slice(None), inputs, seqlen_k
         return
-    alike = itertools.groupby(range(batch), None if spec.batch_invariant else lengths.__getitem__)
-    for run in ([*entries] for _, entries in alike):
-        entries = slice(run[0], run[-1] + 1)
+    readable = lengths is not None and lengths.device.type == "cpu"
+    stops = [seqlen_k] * batch
+    if lengths is not None and readable:
+        stops = lengths.clamp(0, seqlen_k).tolist()
+    alone = range(batch) if spec.batch_invariant else [0] * batch
+    kinds = [*zip(stops, _places(inputs.ranges, batch), _places(inputs.tiles, batch), alone)]
+    if not readable and not spec.batch_invariant and kinds[0] == kinds[-1]:
+        yield slice(None), inputs, seqlen_k
+        return
+    for (stop, *_), run in itertools.groupby(range(batch), kinds.__getitem__):
+        numbers = [*run]
+        entries = slice(numbers[0], numbers[-1] + 1)
         own = of_entries(inputs, entries)
-        yield entries, own._replace(key_lengths=None) if readable else own, lengths[run[0]]
+        yield entries, own._replace(key_lengths=None) if readable else own, stop
+
+
+def _places(x: Tensor | None, batch: int) -> list[int]:
+    """Ascending numbers, equal where neighbouring entries of ranges or tiles visit the same blocks."""
+    if x is None or x.shape[0] == 1:
+        return [0] * batch
+    where = x.clamp_max(0) if x.ndim == 4 else x  # beside HIDDEN and WHOLE, tiles are numbers of bits
+    differs = (where[1:] != where[:-1]).flatten(1).any(1)
+    return [0, *differs.cumsum(0).tolist()]
 
 
 def _seen(inputs: Inputs, spec: AttentionSpec, strips: tuple[Strip, ...]) -> Tensor:
@@ -84,6 +107,9 @@ def _seen(inputs: Inputs, spec: AttentionSpec, strips: tuple[Strip, ...]) -> Ten
     seen = torch.zeros(k.shape[0], 1, k.shape[2], 1, dtype=torch.bool, device=k.device)
     for strip in strips:
         for part in strip.parts:
+            if part.visible != "some":  # the last row sees all of it
+                seen[:, :, part.cols] = True
+                continue
             ok = visible(inputs, spec, strip.rows, part.cols)
             assert ok is not None
             ok = ok[(None,) * (4 - ok.ndim)]
