@@ -22,14 +22,20 @@ Gradient = Tensor | None
 
 
 def differentiable_backward(*args: Any) -> tuple[Tensor, ...]:
-    """The backward operator, differentiable once more."""
+    """The backward operator, differentiable once more: dout, dlse, out, lse, inputs, spec, impl, needs."""
     *call, needs = args
-    gradients: tuple[Tensor, ...] = Backward.apply(*call, *needs)
+    gradients: tuple[Tensor, ...] = _apply(Backward, *call, *needs)
     return gradients
 
 
+def differentiable_jvp(*args: Any) -> tuple[Tensor, Tensor]:
+    """How out and lse move along tangents: out, lse, tangents, inputs, spec, impl."""
+    moved: tuple[Tensor, Tensor] = _apply(Jvp, *args)
+    return moved
+
+
 class Backward(torch.autograd.Function):
-    """`differentiable_backward` of dout, dlse, out, lse, inputs, spec, impl, needs.
+    """`differentiable_backward`.
 
     Functions have flat arguments: the rule of vmap counts one for each in every list and named tuple.
     out and lse are functions of the inputs, and the closed forms know it: they have no gradients here.
@@ -52,7 +58,7 @@ class Backward(torch.autograd.Function):
         spec, needed = ctx.rest[: -N_GRADIENTS - 1], ctx.rest[-N_GRADIENTS:]
         wanted = [*ctx.needs_input_grad]
         tangents = _where(needed, cotangents)
-        tout, tlse, *moved = Hvp.apply(dout, dlse, *tangents, *inputs, *spec, *wanted[4 : 4 + N_GRADIENTS])
+        tout, tlse, *moved = _apply(Hvp, dout, dlse, *tangents, *inputs, *spec, *wanted[4 : 4 + N_GRADIENTS])
         return *_where(wanted[:2], (tout, tlse)), None, None, *_of_inputs(ctx, 4, moved)
 
     @staticmethod
@@ -63,16 +69,16 @@ class Backward(torch.autograd.Function):
         moving = moving[2:]
         moved: list[Gradient] = [None] * N_GRADIENTS
         if any(x is not None for x in moving):
-            _, _, *moved = Hvp.apply(dout, dlse, *moving, *others[2:], *spec, *needs)
+            _, _, *moved = _apply(Hvp, dout, dlse, *moving, *others[2:], *spec, *needs)
         if tdout is not None or tdlse is not None:
             tdout = torch.zeros_like(dout) if tdout is None else tdout
-            linear = Backward.apply(tdout, tdlse, *others, *ctx.rest)
+            linear = _apply(Backward, tdout, tdlse, *others, *ctx.rest)
             moved = [y if x is None else x + y for x, y in zip(moved, linear, strict=True)]
         return tuple(moved)
 
 
 class Jvp(torch.autograd.Function):
-    """How out and lse move along tangents: out, lse, tangents, inputs, spec, impl."""
+    """`differentiable_jvp`."""
 
     generate_vmap_rule = True
 
@@ -96,18 +102,18 @@ class Jvp(torch.autograd.Function):
         linear: tuple[Gradient, ...] = (None,) * N_GRADIENTS
         if any(of_tangents):
             linear = _where(
-                of_tangents, Backward.apply(dout, dlse, out, lse, *inputs, *ctx.rest, *of_tangents)
+                of_tangents, _apply(Backward, dout, dlse, out, lse, *inputs, *ctx.rest, *of_tangents)
             )
         moved: tuple[Gradient, ...] = (None,) * N_GRADIENTS
         if any(of_inputs):
-            _, _, *moved = Hvp.apply(dout, dlse, *tangents, *inputs, *spec, *of_inputs)
+            _, _, *moved = _apply(Hvp, dout, dlse, *tangents, *inputs, *spec, *of_inputs)
         return None, None, *linear, *_of_inputs(ctx, 2 + N_GRADIENTS, moved)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
         raise NotImplementedError(
-            "fused attention has no forward mode of forward mode (jvp of jvp); each of the other mode works, "
-            f"and {_REFERENCE}"
+            "fused attention has no forward mode of forward mode (jvp of jvp): take forward mode of reverse "
+            f"mode, or reverse mode of forward mode; {_REFERENCE}"
         )
 
 
@@ -136,6 +142,10 @@ class Hvp(torch.autograd.Function):
 
 _REFERENCE = "impl='reference' is differentiable to any order, with seqlen_q x seqlen_k memory"
 _THRICE = f"fused attention is differentiable twice, this would be a third derivative; {_REFERENCE}"
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    return function.apply(*args)
 
 
 def _save(ctx: Any, args: tuple[Any, ...], n_tensors: int) -> None:
@@ -221,14 +231,14 @@ def _allocate_hvp(dout: Tensor, dlse: Tensor | None, *args: Any) -> tuple[Tensor
 
 
 _TANGENTS = ", ".join(f"Tensor? t{name}" for name in Inputs._fields[:N_GRADIENTS])
-_jvp_op = define(
+_jvp_op: Any = define(
     "jvp",
     f"({_TANGENTS}, {CALL}) -> (Tensor, Tensor)",
     _jvp,
     _allocate_jvp,
     lambda info, in_dims, *args: one_by_one(_jvp_op, info, in_dims, args),
 )
-_hvp_op = define(
+_hvp_op: Any = define(
     "hvp",
     f"(Tensor dout, Tensor? dlse, {_TANGENTS}, {CALL}, bool[{N_GRADIENTS}] needs)"
     f" -> ({', '.join(['Tensor'] * (2 + N_GRADIENTS))})",

@@ -22,7 +22,7 @@ from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
 from . import evidence, flops
-from .differentials import Jvp, differentiable_backward
+from .differentials import differentiable_backward, differentiable_jvp
 from .library import CALL, NAMESPACE, below_autograd, define
 from .spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs, Needs, like
 from .vmap import folded
@@ -45,16 +45,19 @@ out of an operator."""
 def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> Results:
     """out and lse are differentiable twice in what `Gradients` has; lse is -inf for a row without keys."""
     q, k, v = inputs[:3]
+    function: Any
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         _teach_counters()
-        return _TransformableAttention.apply(*inputs, *spec, impl)  # flat: vmap's rule counts every bool
+        function = _TransformableAttention
+        return function.apply(*inputs, *spec, impl)
     if torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad
         or v.requires_grad
         or any(x is not None and x.requires_grad for x in inputs[3:N_GRADIENTS])
     ):
-        return _Attention.apply(*inputs, spec, impl)
+        function = _Attention
+        return function.apply(*inputs, spec, impl)
     return _call_forward(inputs, spec, impl)
 
 
@@ -121,7 +124,8 @@ class _TransformableAttention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
         *call, impl = inputs
-        _save(ctx, (*call[:N_INPUTS], AttentionSpec(*call[N_INPUTS:]), impl), output)
+        # vmap's rule would lose a mark that max_logit is not differentiable: its derivatives are zeros instead.
+        _save(ctx, (*call[:N_INPUTS], AttentionSpec(*call[N_INPUTS:]), impl), (*output[:2], None))
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -130,8 +134,8 @@ class _TransformableAttention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Results:
         *tensors, out, lse = ctx.saved_tensors
-        tout, tlse = Jvp.apply(out, lse, *tangents[:N_GRADIENTS], *tensors, *ctx.spec, ctx.impl)
-        return tout, tlse, None
+        tout, tlse = differentiable_jvp(out, lse, *tangents[:N_GRADIENTS], *tensors, *ctx.spec, ctx.impl)
+        return tout, tlse, torch.zeros_like(tlse) if ctx.spec.want_max else tlse.new_zeros(0)
 
 
 def _save(ctx: Any, args: tuple[Any, ...], results: Results) -> None:
