@@ -103,6 +103,9 @@ def attention(
         impl: "auto", "reference", "fallback" or "triton". None: the environment variable UNDIVIDED_IMPL,
             else "auto", which never raises for valid input; an order that cannot be followed raises.
 
+    out and lse are differentiable twice in q, k, v and all that is called differentiable here, by reverse and
+    forward mode, but for forward mode of forward mode; entropy once, by reverse mode.
+
     mask, causal, window and key_lengths are ANDed. A row that sees nothing gives out 0, lse -inf (its sink,
     if there are any) and zero gradients. Keys that no query of a batch entry may see can hold NaN: it reaches
     nothing.

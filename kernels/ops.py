@@ -124,7 +124,7 @@ class _TransformableAttention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
         *call, impl = inputs
-        # vmap's rule would lose a mark that max_logit is not differentiable: its derivatives are zeros instead.
+        # vmap's rule would lose a mark that max_logit is not differentiable: its derivatives are zeros.
         _save(ctx, (*call[:N_INPUTS], AttentionSpec(*call[N_INPUTS:]), impl), (*output[:2], None))
 
     @staticmethod

@@ -28,7 +28,7 @@ from .fallback_blocks import MatmulEngine, group, ungroup
 from .fallback_plan import Limits, Part, Strip, plan
 from .philox import keep_mask
 from .sinks import join
-from .spec import AttentionSpec, Gradients, Inputs, Needs, empty_like, like
+from .spec import AttentionSpec, Gradients, Inputs, Needs, empty_like, like, of_entries
 from .visibility import block_of, visible
 
 
@@ -47,11 +47,10 @@ class Tangents(NamedTuple):
 def jvp(tangents: Tangents, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """(tout, tlse): how out and lse move along the tangents; 0 in rows that see nothing."""
     tout, tlse = _zeros_of_rows(inputs)
-    direction = _Direction(tangents, inputs, spec)
-    for strip in direction.strips():
-        rows = direction.rows(strip)
-        tout[:, :, strip.rows] = rows.tout
-        tlse[:, :, strip.rows] = rows.tlse.squeeze(-1)
+    for entries, direction in _directions(tangents, inputs, spec):
+        for strip in direction.strips():
+            rows, here = direction.rows(strip), (entries, slice(None), strip.rows)
+            tout[here], tlse[here] = rows.tout, rows.tlse.squeeze(-1)
     return tout, tlse
 
 
@@ -65,23 +64,44 @@ def hvp(
 ) -> tuple[Tensor, Tensor, Gradients]:
     """(tout, tlse) of `jvp`, and the gradients of <dout, tout> + <dlse, tlse> as far as `needs` asks."""
     tout, tlse = _zeros_of_rows(inputs)
-    direction = _Direction(tangents, inputs, spec)
     totals = Gradients(
         *(
             None if x is None or not need else torch.zeros(x.shape, dtype=tlse.dtype, device=x.device)
             for x, need in zip(inputs, needs, strict=False)
         )
     )
-    for strip in direction.strips():
-        here = (slice(None), slice(None), strip.rows)
-        rows = direction.rows(strip)
-        tout[here], tlse[here] = rows.tout, rows.tlse.squeeze(-1)
-        direction.add_gradients(totals, strip, rows, dout[here], None if dlse is None else dlse[here])
+    for entries, direction in _directions(tangents, inputs, spec):
+        own = Gradients(*_of_entries(totals, inputs, entries))
+        for strip in direction.strips():
+            rows, here = direction.rows(strip), (entries, slice(None), strip.rows)
+            tout[here], tlse[here] = rows.tout, rows.tlse.squeeze(-1)
+            direction.add_gradients(own, strip, rows, dout[here], None if dlse is None else dlse[here])
     moved = (
         None if total is None or x is None else empty_like(x).copy_(total)
         for total, x in zip(totals, inputs, strict=False)
     )
     return tout, tlse, Gradients(*moved)
+
+
+def _directions(
+    tangents: Tangents, inputs: Inputs, spec: AttentionSpec
+) -> Iterator[tuple[slice, _Direction]]:
+    """All batch entries at once, or, for `batch_invariant`, one by one."""
+    if not spec.batch_invariant:
+        yield slice(None), _Direction(tangents, inputs, spec)
+        return
+    for entry in range(inputs.q.shape[0]):
+        entries = slice(entry, entry + 1)
+        own = Tangents(*_of_entries(tangents, inputs, entries))
+        first_entry = spec.first_entry + entry
+        yield entries, _Direction(own, of_entries(inputs, entries), spec._replace(first_entry=first_entry))
+
+
+def _of_entries(given: Tangents | Gradients, inputs: Inputs, entries: slice) -> Iterator[Tensor | None]:
+    """Batch entries, as views, of what stands for the first of the inputs."""
+    there = {name: x for name, x in zip(Inputs._fields, given, strict=False) if x is not None}
+    own = of_entries(inputs._replace(**there), entries)
+    return (None if x is None else y for x, y in zip(given, own, strict=False))
 
 
 class _Rows(NamedTuple):

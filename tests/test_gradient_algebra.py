@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from undivided import ALiBi, RelativeBias, attention
+from undivided import ALiBi, Documents, Mask, PrefixLM, RelativeBias, attention
 from undivided.conformance.cases import Case, Extra
 from undivided.conformance.oracle import ROUNDOFF
 from undivided.kernels import fallback_blocks, functional, second_order
@@ -322,7 +323,8 @@ class TestTransforms:
     @pytest.mark.parametrize("outer", [torch.func.jacfwd, torch.func.jacrev])
     @pytest.mark.parametrize("inner", [torch.func.jacfwd, torch.func.jacrev])
     def test_hessian(self, outer: Any, inner: Any, x: tuple[Tensor, ...]) -> None:
-        one = tuple(y[0] for y in x)
+        one = tuple(y[0, :, :2, :3, :3] for y in x[:1]) + tuple(y[0, :, :1, :3, :3] for y in x[1:3])
+        one += (x[3][0, :2, :, :3],)
         if outer is inner is torch.func.jacfwd:
             with pytest.raises(NotImplementedError, match="forward mode of forward mode"):
                 outer(inner(self.loss))(*one)
@@ -442,6 +444,59 @@ def test_operators() -> None:
     for needs in ([True] * 7, [i == 1 for i in range(7)]):
         arguments = (out, lse, *inputs[:7], *inputs, *spec, needs)
         torch.library.opcheck(operators.hvp, arguments, test_utils=tests)
+
+
+def test_an_entry_does_not_notice_the_others() -> None:
+    """Sizes of blocks and of products that depend on the batch, whatever deterministic="batch" says."""
+    case = Case("", batch=3, heads_q=4, seqlen_q=40, seqlen_k=50, causal=True, key_lengths=(50, 7, 33))
+    q, k, v, options, dout, *_ = case.build(torch.float32)
+    options["deterministic"] = "batch"
+
+    def of_entries(entries: slice) -> list[Tensor]:
+        leaves = [x[entries].clone().requires_grad_() for x in (q, k, v)]
+        own = options | {"key_lengths": options["key_lengths"][entries]}
+        out = attention(*leaves, **own)
+        first = torch.autograd.grad(out, leaves, dout[entries], create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+        call = functools.partial(attention, **own)
+        return [*second, *torch.func.jvp(call, tuple(x.detach() for x in leaves), second)]
+
+    for alone, together in zip(of_entries(slice(1, 2)), of_entries(slice(None)), strict=True):
+        assert torch.equal(alone[0], together[1])
+
+
+@pytest.mark.parametrize("mask", [Documents(torch.arange(200)[None] // 70), PrefixLM(torch.tensor([30, 90]))])
+def test_mask_objects(mask: Mask) -> None:
+    """They reach second derivatives as ranges and tiles."""
+    leaves = [torch.randn(2, 2, 200, 4, dtype=torch.float64) for _ in range(3)]
+
+    def call(*x: Tensor, impl: str = "fallback") -> tuple[Tensor, Tensor]:
+        stats = attention(*x, mask=mask, want=("lse",), impl=impl)
+        return stats.out, stats.lse
+
+    directions = Directions.of(call, leaves)
+    ours = second_derivatives(call, leaves, directions)
+    theirs = second_derivatives(functools.partial(call, impl="reference"), leaves, directions)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_packed_sequences_are_refused() -> None:
+    """Spans ignored: one long sequence."""
+    q = torch.randn(1, 2, 6, 4)
+    inputs, spec = functional.prepare(q, q, q, {})
+    spans = torch.tensor([[0, 4], [4, 6]], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="packed sequences"):
+        torch.ops.undivided.jvp(*inputs[:7], *inputs._replace(spans_q=spans, spans_k=spans), *spec)
+
+
+def test_entropy_is_refused() -> None:
+    """Silent zeros for what is differentiable once."""
+    q = leaf(1, 2, 6, 4)
+    stats = attention(q, q, q, want=("entropy",))
+    assert stats.entropy is not None
+    (dq,) = torch.autograd.grad(stats.entropy.sum() + stats.out.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="entropy"):
+        torch.autograd.grad(dq.sum(), q)
 
 
 def test_without_elements() -> None:
