@@ -39,7 +39,7 @@ def ours(impl: str) -> Target:
     claims = replace(claims, **dict.fromkeys(_denied(impl), False))
     if impl == "triton":
         # The interpreter truncates where it stores bfloat16: the gradient of such a bias beside others.
-        claims = replace(claims, precise=False, any_bias_dtype=torch.cuda.is_available())
+        claims = replace(claims, any_bias_dtype=torch.cuda.is_available())
     return Target(f"undivided {impl}", attend, claims)
 
 
