@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,19 +28,24 @@ ARITHMETIC: dict[str, Arithmetic] = {
 }
 
 
-def ours(impl: str) -> Target:
-    """One of this package's implementations, through its public path: prepare, choose, run."""
+def ours(impl: str, native: bool | None = None) -> Target:
+    """One of this package's implementations, through its public path: prepare, choose, run.
+
+    native: claim what kernels take on a GPU, not in the interpreter; by default if there is one.
+    """
+    native = torch.cuda.is_available() if native is None else native
 
     def attend(problem: Problem) -> tuple[Tensor, Tensor | None]:
         inputs, spec = problem.prepared()
         out, lse, *_ = dispatch.run(inputs, spec, dispatch.choose(impl, inputs, spec))
         return out, lse
 
-    claims = replace(EVERYTHING, dtypes=_dtypes(impl), arithmetic=ARITHMETIC[impl])
+    claims = replace(EVERYTHING, dtypes=_dtypes(impl, native), arithmetic=ARITHMETIC[impl])
     claims = replace(claims, **dict.fromkeys(_denied(impl), False))
+    claims = replace(claims, max_head_dim=dispatch.MAX_HEAD_DIM if impl == "triton" else sys.maxsize)
     if impl == "triton":
         # The interpreter truncates where it stores bfloat16: the gradient of such a bias beside others.
-        claims = replace(claims, any_bias_dtype=torch.cuda.is_available())
+        claims = replace(claims, any_bias_dtype=native)
     return Target(f"undivided {impl}", attend, claims)
 
 
@@ -66,12 +72,11 @@ def _ours_on(impl: str, device: torch.device) -> Target:
     return made
 
 
-def _dtypes(impl: str) -> tuple[torch.dtype, ...]:
+def _dtypes(impl: str, native: bool) -> tuple[torch.dtype, ...]:
     if impl == "reference":  # 16-bit inputs are widened by whoever calls it
         return torch.float32, torch.float64
     if impl == "triton":
-        interpreted = (torch.float16, torch.float32)
-        return (*interpreted, torch.bfloat16) if torch.cuda.is_available() else interpreted
+        return (torch.float16, torch.float32, *[torch.bfloat16] * native)
     return DTYPES
 
 

@@ -21,18 +21,21 @@ SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 STAND_IN = "our call of it was tested with a stand-in of the same signature, not with the package"
 
 
-def transformers_eager(device: torch.device) -> Target:
-    """The eager attention of transformers' Llama, with the additive mask that transformers makes."""
-    eager = _import("transformers-eager", "transformers.models.llama.modeling_llama").eager_attention_forward
+def _flash_claims(**differing: Any) -> Capabilities:
+    return Capabilities(
+        dtypes=SIXTEEN_BITS,
+        gqa=True,
+        causal=True,
+        window=True,
+        softcap=True,
+        lse=True,
+        deterministic=False,
+        **differing,
+    )
 
-    def attend(problem: Problem) -> tuple[Tensor, None]:
-        inputs, spec = problem.prepared()
-        module = SimpleNamespace(num_key_value_groups=inputs.q.shape[1] // inputs.k.shape[1], training=True)
-        mask = _additive(problem, torch.finfo(inputs.q.dtype).min)
-        out, _ = eager(module, *inputs[:3], mask, scaling=spec.scale)
-        return out.transpose(1, 2), None
 
-    claims = Capabilities(
+CLAIMS = {
+    "transformers-eager": Capabilities(
         alignments=("bottom-right", "top-left"),
         different_head_dims=True,
         causal=True,
@@ -44,8 +47,45 @@ def transformers_eager(device: torch.device) -> Target:
         bias_gradient=True,
         gqa=True,
         compiles=True,
+    ),
+    "flash-attn2": _flash_claims(different_head_dims=False, lse_gradient=False),
+    "flash-attn3": _flash_claims(
+        different_head_dims=False, lse_gradient=False, head_dims=tuple(range(8, 257, 8))
+    ),
+    "flash-attn4": _flash_claims(
+        different_head_dims=False, lse_gradient=True, head_dims=tuple(range(8, 129, 8))
+    ),
+    "xformers": Capabilities(
+        different_head_dims=True,
+        causal=True,
+        window=True,
+        mask=True,
+        mask_and_causal=True,
+        bias=True,
+        bias_gradient=True,
+        deterministic=False,
+    ),
+}
+"""By the name of the adapter."""
+
+
+def transformers_eager(device: torch.device) -> Target:
+    """The eager attention of transformers' Llama, with the additive mask that transformers makes."""
+    eager = _import("transformers-eager", "transformers.models.llama.modeling_llama").eager_attention_forward
+
+    def attend(problem: Problem) -> tuple[Tensor, None]:
+        inputs, spec = problem.prepared()
+        module = SimpleNamespace(num_key_value_groups=inputs.q.shape[1] // inputs.k.shape[1], training=True)
+        mask = _additive(problem, torch.finfo(inputs.q.dtype).min)
+        out, _ = eager(module, *inputs[:3], mask, scaling=spec.scale)
+        return out.transpose(1, 2), None
+
+    return Target(
+        "transformers-eager",
+        attend,
+        CLAIMS["transformers-eager"],
+        "Llama's; hidden scores get the dtype's minimum",
     )
-    return Target("transformers-eager", attend, claims, "Llama's; hidden scores get the dtype's minimum")
 
 
 def flash_attn2(device: torch.device) -> Target:
@@ -58,8 +98,7 @@ def flash_attn2(device: torch.device) -> Target:
         )
         return out.transpose(1, 2), lse
 
-    claims = _flash_claims(different_head_dims=False, lse_gradient=False)
-    return Target("flash-attn2", attend, claims, STAND_IN)
+    return Target("flash-attn2", attend, CLAIMS["flash-attn2"], STAND_IN)
 
 
 def flash_attn3(device: torch.device) -> Target:
@@ -72,8 +111,7 @@ def flash_attn3(device: torch.device) -> Target:
         )
         return out.transpose(1, 2), lse
 
-    claims = _flash_claims(different_head_dims=False, lse_gradient=False, head_dims=tuple(range(8, 257, 8)))
-    return Target("flash-attn3", attend, claims, STAND_IN)
+    return Target("flash-attn3", attend, CLAIMS["flash-attn3"], STAND_IN)
 
 
 def flash_attn4(device: torch.device) -> Target:
@@ -86,8 +124,7 @@ def flash_attn4(device: torch.device) -> Target:
         )
         return out.transpose(1, 2), lse
 
-    claims = _flash_claims(different_head_dims=False, lse_gradient=True, head_dims=tuple(range(8, 129, 8)))
-    return Target("flash-attn4", attend, claims, STAND_IN)
+    return Target("flash-attn4", attend, CLAIMS["flash-attn4"], STAND_IN)
 
 
 def xformers(device: torch.device) -> Target:
@@ -115,17 +152,7 @@ def xformers(device: torch.device) -> Target:
         )
         return out.transpose(1, 2), None
 
-    claims = Capabilities(
-        different_head_dims=True,
-        causal=True,
-        window=True,
-        mask=True,
-        mask_and_causal=True,
-        bias=True,
-        bias_gradient=True,
-        deterministic=False,
-    )
-    return Target("xformers", attend, claims, f"a mask becomes a bias of full shape; {STAND_IN}")
+    return Target("xformers", attend, CLAIMS["xformers"], f"a mask becomes a bias of full shape; {STAND_IN}")
 
 
 def _import(adapter: str, module: str) -> Any:
@@ -150,19 +177,6 @@ def _flash_options(problem: Problem, unbounded: int | None) -> dict[str, object]
         "window_size": tuple(unbounded if side is None else side for side in (left, right)),
         "softcap": options.get("softcap") or 0.0,
     }
-
-
-def _flash_claims(**differing: Any) -> Capabilities:
-    return Capabilities(
-        dtypes=SIXTEEN_BITS,
-        gqa=True,
-        causal=True,
-        window=True,
-        softcap=True,
-        lse=True,
-        deterministic=False,
-        **differing,
-    )
 
 
 def _additive(problem: Problem, hidden: float) -> Tensor | None:
