@@ -9,10 +9,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from undivided.conformance import features  # noqa: E402
-from undivided.conformance.adapters import ours  # noqa: E402
-from undivided.conformance.cases import OPTIONS, Case  # noqa: E402
-from undivided.kernels import dispatch  # noqa: E402
+from undivided.conformance import features
+from undivided.conformance.adapters import ours
+from undivided.conformance.cases import OPTIONS, Case
+from undivided.kernels import dispatch
 
 README = Path(__file__).parent.parent / "README.md"
 
