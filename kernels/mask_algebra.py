@@ -353,7 +353,7 @@ class Or(Joined):
         return None if bands is None else functools.reduce(Band.united, bands)
 
     def _intervals(self, rows: Rows) -> list[Interval] | None:
-        bands = [found for part in self.parts if (found := part._band()) is not None]
+        bands = [x for x in [part._band() for part in self.parts] if x is not None]
         parts = _all_of([part._intervals(rows) for part in self.parts if part._band() is None])
         if parts is None:
             return None

@@ -245,7 +245,8 @@ def from_predicate(fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Ma
     Its arguments are int64 tensors of four axes that broadcast against each other: batch entries, query
     heads, query rows and key columns. It returns bool, and is asked block by block, never for all scores at
     once. What it says is kept while the mask object is used for calls of the same sizes: make a new one when
-    what fn looks at has changed.
+    what fn looks at has changed. torch.compile takes a mask that has been used once, in an eager call of the
+    same sizes.
     """
     if not callable(fn):
         raise TypeError(f"fn of from_predicate must be callable, got {type(fn).__name__}")

@@ -33,7 +33,8 @@ def folded(
             folded.append(x)
             continue
         x = x.movedim(d, 0) if d is not None else x.expand(size, *x.shape)
-        folded.append(x.expand(size, batch, *x.shape[2:]).flatten(0, 1))
+        x = x.expand(size, batch, *x.shape[2:]).flatten(0, 1)
+        folded.append(x if x.ndim == 4 else x.contiguous())  # lengths and ranges are promised dense
     outs = operator(*folded, *args[n_tensors:])
     mapped = [o.ndim > 1 for o in outs]  # a gradient nobody needs is empty and has one axis
     results = tuple(o.unflatten(0, (size, -1)) if m else o for o, m in zip(outs, mapped, strict=True))
