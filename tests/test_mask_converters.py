@@ -159,7 +159,7 @@ print(peak() - before)
     ("mask", "limit"),
     [
         ("(Window(99, 0) | FirstKeys(4)) & Documents(torch.arange(seqlen) // 999)", 32),
-        pytest.param("from_predicate(lambda b, h, q, k: (q >= k) & (k > 9))", 256, marks=pytest.mark.full),
+        ("from_predicate(lambda b, h, q, k: (q >= k) & (k > 9))", 256),
     ],
 )
 def test_no_dense_mask(mask: str, limit: int) -> None:
