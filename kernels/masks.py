@@ -214,7 +214,7 @@ class Predicate(Atom):
         return (1, 1) if self.sizes is None else self.sizes[:2]
 
     def _fits_atom(self, call: Call) -> None:
-        if self.sizes is None:
+        if self.sizes is None or call.packed:
             return
         planes = all(a in (1, b) for a, b in zip(self._planes(), call.shape))
         if self.sizes[2:] != call.shape[2:] or not planes:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..kernels.explain import explain
 from ..kernels.functional import attention
+from ..kernels.mask_algebra import Mask
 
 
 class SelfAttention(nn.Module):
@@ -91,13 +92,13 @@ class SelfAttention(nn.Module):
         self,
         x: Tensor,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Mask | None = None,
         key_lengths: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
         """(batch, seqlen, embed_dim) -> (batch, seqlen, embed_dim).
 
-        mask (bool, True = may attend), key_lengths (batch,) and bias (float, added to the scores) as in
+        mask (bool, True = may attend, or a mask object), key_lengths (batch,) and bias (float, added to the scores) as in
         `attention`; a row of `x` that may see nothing comes out as the bias of `out_proj`.
         """
         if x.ndim != 3 or x.shape[-1] != self.embed_dim:

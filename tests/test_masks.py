@@ -33,6 +33,7 @@ from undivided.conformance.adapters import ours
 from undivided.conformance.budget import assert_within_budget
 from undivided.conformance.cases import Case, Problem
 from undivided.conformance.evaluation import evaluate, expected
+from undivided.kernels import mask_tiles
 from undivided.kernels.functional import prepare
 from undivided.kernels.mask_algebra import Atom, Joined
 from undivided.kernels.masks import compiled
@@ -386,6 +387,18 @@ def test_a_predicate_is_asked_once() -> None:
     attention(q, k, v, mask=mask).sum().backward()
 
 
+@pytest.mark.parametrize("elements", [1, 3 * TILE**2, 9 * TILE**2])
+def test_tiles_made_in_pieces(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces put in the wrong place, numbers that start again, padding of a piece that is not the last."""
+    mask = from_predicate(lambda b, h, q, k: ((q // 128 + k // 128) % 3 == b) | ((q * k + h) % 7 == 0))
+    whole = forms(mask, 500)[0]
+    monkeypatch.setattr(mask_tiles, "_BLOCK_ELEMENTS", elements)
+    pieces = forms(copy.deepcopy(mask), 500)[0]
+    assert pieces.tiles is not None
+    assert not torch.equal(pieces.tiles, pieces.tiles[:1, :1].expand_as(pieces.tiles))
+    assert torch.equal(visible(pieces, AttentionSpec(1.0)), visible(whole, AttentionSpec(1.0)))  # type: ignore[arg-type]
+
+
 def greater(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return q > k
 
@@ -579,6 +592,7 @@ def test_packed_sequences(top_left: bool) -> None:
     assert spec[1:3] == (3, 0)
     for mask, error in (
         (from_predicate(greater), NotImplementedError),
+        (Dense(torch.ones(7) > 0), NotImplementedError),
         (Documents(ids[0]), ValueError),
         (Documents(ids[:2]), ValueError),
         (PrefixLM(prefixes[:2]), ValueError),
