@@ -98,8 +98,8 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """(batch, seqlen, embed_dim) -> (batch, seqlen, embed_dim).
 
-        mask (bool, True = may attend, or a mask object), key_lengths (batch,) and bias (float, added to the scores) as in
-        `attention`; a row of `x` that may see nothing comes out as the bias of `out_proj`.
+        mask (bool, True = may attend, or a mask object), key_lengths (batch,) and bias (float, added to the
+        scores) as in `attention`; a row of `x` that may see nothing comes out as the bias of `out_proj`.
         """
         if x.ndim != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x must have shape (batch, seqlen, {self.embed_dim}), got {tuple(x.shape)}")
