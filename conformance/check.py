@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from .guard import RAISABLE, WrongAnswerError, first_line, guarded, told
-from .probes import Observation, probe
+from .probes import probe
 from .questions import CHECKS, Level, Question, questions
+from .report import Report
 from .safety import NotAskedError
 from .shrink import failures
 from .target import Target, target
-from .verdict import HANGS, RAISED, Report, Verdict
+from .verdict import HANGS, RAISED, Observation, Verdict
 
 PATIENCE = 2
 """After so many questions without an answer in time nothing more is asked."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .cases import Case, Extra
-from .covering import Level, Row, covering
+from .covering import Level, Row, covering, pairs
 from .mask_objects import OBJECTS
 from .target import Capabilities, Target
 
@@ -102,6 +102,12 @@ def combinations(target: Target) -> tuple[Case, ...]:
     Each is named by its levels. The first ones have most of the pairs.
     """
     return _combinations(target.capabilities)
+
+
+def count_pairs(target: Target) -> int:
+    """How many pairs of levels its combinations have."""
+    asked = Askable(target.capabilities)
+    return len(pairs(asked.factors, asked.together))
 
 
 @functools.cache

@@ -21,9 +21,9 @@ from .adapters import ADAPTERS, ARITHMETIC, UnknownTargetError, resolve
 from .check import Progress, check, default_device
 from .guard import RAISABLE, told
 from .questions import Level
-from .report import html, show, text
+from .report import Report, html, show, text
 from .target import Capabilities, ClaimError, Target
-from .verdict import Report, dtype_name
+from .verdict import dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

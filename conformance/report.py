@@ -1,15 +1,31 @@
-"""A report for people: in the terminal, as plain text, as a page. All three show the same sections."""
+"""A report of everything a check found: as data, and for people: in the terminal, as plain text, as a page.
+
+These three show the same sections.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from .oracle import Results
 from .page import Section, page
 from .questions import CLAIMED
-from .verdict import RAISED, Report, dtype_name
+from .verdict import (
+    LONG_SEQUENCES,
+    RAISED,
+    VALUES,
+    Failure,
+    Observation,
+    Verdict,
+    dtype_name,
+    given_fields,
+)
+from .yardstick import PASSES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,6 +33,100 @@ if TYPE_CHECKING:
 GOOD, BAD, OPEN = "✓", "✗", "·"
 NAMED = 4
 """How many of the cases that fail of one cause are named."""
+
+
+class Worst(NamedTuple):
+    """Over many questions: the largest constant C of an output, and what the field's rule says of it.
+
+    yardstick_failed: how often, of yardstick_asked, the error was more than 2 (out) or 3 times that of
+    plain PyTorch.
+    """
+
+    constant: float
+    allowed: float
+    yardstick_failed: int = 0
+    yardstick_asked: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a check found. str() is readable; `to_dict` is for JSON.
+
+    skipped: how many cases were not asked, by the claim that is missing.
+    """
+
+    target: str
+    note: str
+    environment: Mapping[str, str]
+    level: str
+    verdicts: Sequence[Verdict]
+    observations: Sequence[Observation]
+    skipped: Mapping[str, int]
+    failures: Sequence[Failure]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every verdict is good, and nothing observed is other than claimed."""
+        return all(v.ok for v in self.verdicts) and all(o.ok is not False for o in self.observations)
+
+    def worst(self) -> dict[tuple[str, torch.dtype], Worst]:
+        """By output and dtype, over the checks of values."""
+        found: dict[tuple[str, torch.dtype], Worst] = {}
+        for verdict in self.verdicts:
+            for finding in verdict.findings if verdict.check in (VALUES, LONG_SEQUENCES) else ():
+                key = finding.output, verdict.dtype
+                before = found.get(key, Worst(0.0, finding.allowed))
+                failed, asked = before[2:]
+                ratio = verdict.yardstick.get(finding.output)
+                if ratio is not None:
+                    failed, asked = failed + (ratio > PASSES[finding.output]), asked + 1
+                constant = max(finding.constant, before.constant)
+                found[key] = Worst(constant, finding.allowed, failed, asked)
+        return found
+
+    def assert_ok(self) -> None:
+        """Raise AssertionError, with the whole report, unless everything is right."""
+        assert self.ok, f"\n{self}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nothing but dicts, lists, strings and numbers; infinite or undefined numbers as strings."""
+        return {
+            "target": self.target,
+            "note": self.note,
+            "ok": self.ok,
+            "level": self.level,
+            "environment": dict(self.environment),
+            "verdicts": [
+                {
+                    "check": v.check,
+                    "case": v.case.name,
+                    "dtype": dtype_name(v.dtype),
+                    "ok": v.ok,
+                    "detail": v.detail,
+                    "constants": {f.output: _number(f.constant) for f in v.findings},
+                    "allowed": {f.output: f.allowed for f in v.findings},
+                    "ratio_to_plain_pytorch": {name: _number(x) for name, x in v.yardstick.items()},
+                }
+                for v in self.verdicts
+            ],
+            "observations": [o._asdict() for o in self.observations],
+            "not_asked": dict(self.skipped),
+            "failures": [
+                {
+                    "check": f.check,
+                    "cause": f.cause,
+                    "cases": list(f.names),
+                    "smallest": {name: str(x) for name, x in given_fields(f.case).items()},
+                    "dtype": dtype_name(f.dtype),
+                    "detail": f.detail,
+                    "code": f.code,
+                }
+                for f in self.failures
+            ],
+        }
+
+    def __str__(self) -> str:
+        return text(self)
 
 
 def sections(report: Report) -> list[Section]:
@@ -153,3 +263,7 @@ def _aligned(rows: Sequence[Sequence[object]]) -> list[str]:
 
 def _style(cell: str) -> str:
     return {GOOD: "green", BAD: "bold red"}.get(cell[:1], "")
+
+
+def _number(x: float) -> float | str:
+    return x if abs(x) < float("inf") else str(x)

@@ -1,20 +1,16 @@
-"""What came of a check, as data: a verdict for every question asked, a report of all of them."""
+"""What came of one question: a verdict, and what fails of one cause; what a probe observed."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import asdict, fields
+from typing import Any, NamedTuple
 
 import torch
 
 from .budget import Finding
 from .cases import Case
-from .yardstick import PASSES
-
-if TYPE_CHECKING:
-    from .probes import Observation
 
 RAISED = "raises "
 HANGS = f"{RAISED}TimeoutError"
@@ -61,6 +57,18 @@ class Verdict(NamedTuple):
         return f"{self.check}, {self.case.name}, {dtype_name(self.dtype)}: {self.detail or 'passed'}"
 
 
+class Observation(NamedTuple):
+    """What was found. promised: what the target's claims promise; ok: whether they are the same words.
+
+    Both are None where nothing was promised.
+    """
+
+    question: str
+    found: str
+    promised: str | None = None
+    ok: bool | None = None
+
+
 class Failure(NamedTuple):
     """Verdicts that failed of one cause. case: the smallest found that still fails so; code shows it."""
 
@@ -71,102 +79,6 @@ class Failure(NamedTuple):
     dtype: torch.dtype
     detail: str
     code: str
-
-
-class Worst(NamedTuple):
-    """Over many questions: the largest constant C of an output, and what the field's rule says of it.
-
-    yardstick_failed: how often, of yardstick_asked, the error was more than 2 (out) or 3 times that of
-    plain PyTorch.
-    """
-
-    constant: float
-    allowed: float
-    yardstick_failed: int = 0
-    yardstick_asked: int = 0
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything a check found. str() is readable; `to_dict` is for JSON; see `report` for more.
-
-    skipped: how many cases were not asked, by the claim that is missing.
-    """
-
-    target: str
-    note: str
-    environment: Mapping[str, str]
-    level: str
-    verdicts: Sequence[Verdict]
-    observations: Sequence[Observation]
-    skipped: Mapping[str, int]
-    failures: Sequence[Failure]
-
-    @property
-    def ok(self) -> bool:
-        """Whether every verdict is good, and nothing observed is other than claimed."""
-        return all(v.ok for v in self.verdicts) and all(o.ok is not False for o in self.observations)
-
-    def worst(self) -> dict[tuple[str, torch.dtype], Worst]:
-        """By output and dtype, over the checks of values."""
-        found: dict[tuple[str, torch.dtype], Worst] = {}
-        for verdict in self.verdicts:
-            for finding in verdict.findings if verdict.check in (VALUES, LONG_SEQUENCES) else ():
-                key = finding.output, verdict.dtype
-                before = found.get(key, Worst(0.0, finding.allowed))
-                failed, asked = before[2:]
-                ratio = verdict.yardstick.get(finding.output)
-                if ratio is not None:
-                    failed, asked = failed + (ratio > PASSES[finding.output]), asked + 1
-                constant = max(finding.constant, before.constant)
-                found[key] = Worst(constant, finding.allowed, failed, asked)
-        return found
-
-    def assert_ok(self) -> None:
-        """Raise AssertionError, with the whole report, unless everything is right."""
-        assert self.ok, f"\n{self}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nothing but dicts, lists, strings and numbers; infinite or undefined numbers as strings."""
-        return {
-            "target": self.target,
-            "note": self.note,
-            "ok": self.ok,
-            "level": self.level,
-            "environment": dict(self.environment),
-            "verdicts": [
-                {
-                    "check": v.check,
-                    "case": v.case.name,
-                    "dtype": dtype_name(v.dtype),
-                    "ok": v.ok,
-                    "detail": v.detail,
-                    "constants": {f.output: _number(f.constant) for f in v.findings},
-                    "allowed": {f.output: f.allowed for f in v.findings},
-                    "ratio_to_plain_pytorch": {name: _number(x) for name, x in v.yardstick.items()},
-                }
-                for v in self.verdicts
-            ],
-            "observations": [o._asdict() for o in self.observations],
-            "not_asked": dict(self.skipped),
-            "failures": [
-                {
-                    "check": f.check,
-                    "cause": f.cause,
-                    "cases": list(f.names),
-                    "smallest": {name: str(x) for name, x in given_fields(f.case).items()},
-                    "dtype": dtype_name(f.dtype),
-                    "detail": f.detail,
-                    "code": f.code,
-                }
-                for f in self.failures
-            ],
-        }
-
-    def __str__(self) -> str:
-        from .report import text
-
-        return text(self)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -181,7 +93,3 @@ def given_fields(case: Case) -> dict[str, Any]:
         for field in fields(case)
         if getattr(case, field.name) != plain[field.name]
     }
-
-
-def _number(x: float) -> float | str:
-    return x if abs(x) < float("inf") else str(x)

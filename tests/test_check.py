@@ -20,8 +20,9 @@ from undivided.conformance.adapters import resolve
 from undivided.conformance.cases import Case
 from undivided.conformance.check import PATIENCE
 from undivided.conformance.page import Section, page
-from undivided.conformance.probes import Observation, probe
+from undivided.conformance.probes import probe
 from undivided.conformance.report import html, title
+from undivided.conformance.verdict import Observation
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from undivided.conformance import Target, target
+from undivided.conformance import Target, survey, target
 from undivided.conformance.adapters import ours
 from undivided.conformance.cases import Case
 from undivided.conformance.combinations import CLASHES, FACTORS, combinations
@@ -131,3 +133,16 @@ def test_the_generator_makes_few_rows() -> None:
     assert not any(row["a"] == "a1" and row["b"] == "b1" for row in rows)
     assert [*covering({"a": ["a0"], "b": ["b0"]}, allowed)] == [{"a": "a0", "b": "b0"}]
     assert covering({"a": ["a0", "a1"]}, allowed) == []
+
+
+def test_the_survey_says_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A summary that counts what fails among what passes, or ends with 0 all the same."""
+    asked = ["--impl", "reference", "--most", "3", "--json", str(tmp_path / "found.json")]
+    assert survey.main(asked) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["implementations"]["reference"]
+    assert (found["cases"], found["passed"], found["failed"]) == (3, 3, [])
+    monkeypatch.setattr(survey, "ask", lambda target, question, device: f"no: {question.case.name}")
+    assert survey.main(asked) == 1
+    assert f"no: {combinations(ours('reference'))[0].name}" in capsys.readouterr().out

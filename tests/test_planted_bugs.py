@@ -12,8 +12,8 @@ from planted import BUGS, Bug, flash_model, planted
 from undivided.conformance.budget import measure
 from undivided.conformance.check import check
 from undivided.conformance.evaluation import expected
-from undivided.conformance.probes import Observation, probe
-from undivided.conformance.verdict import Verdict
+from undivided.conformance.probes import probe
+from undivided.conformance.verdict import Observation, Verdict
 from undivided.conformance.yardstick import PASSES, two_times_rule
 
 README = Path(__file__).parent.parent / "README.md"

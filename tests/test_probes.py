@@ -14,9 +14,10 @@ from torch import Tensor
 from undivided.conformance.adapters import ours, resolve
 from undivided.conformance.cases import Case, Extra
 from undivided.conformance.evaluation import evaluate, expected
-from undivided.conformance.probes import Observation, probe
+from undivided.conformance.probes import probe
 from undivided.conformance.probes.visibility import ALIGNED
 from undivided.conformance.target import Capabilities, Target, target
+from undivided.conformance.verdict import Observation
 from undivided.conformance.yardstick import PASSES, two_times_rule
 
 UNPROMISED = "one of two batch entries, asked alone, gives"

@@ -6,29 +6,15 @@ Other conventions than ours are described, and judged only where the target's cl
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from ..guard import RAISABLE, WrongAnswerError, first_line, guarded, told
 from ..target import Target
-from ..verdict import HANGS, RAISED
+from ..verdict import HANGS, RAISED, Observation
 from . import alibi, dropout, edges, gradients, lse, relative_bias, sinks, softmax, visibility
 from .subject import Probe, Subject
 
 _ROOMS = (visibility, softmax, lse, edges, gradients, sinks, alibi, relative_bias, dropout)
-
-
-class Observation(NamedTuple):
-    """What was found. promised: what the target's claims promise; ok: whether they are the same words.
-
-    Both are None where nothing was promised.
-    """
-
-    question: str
-    found: str
-    promised: str | None = None
-    ok: bool | None = None
 
 
 def probe(target: Target, device: str | torch.device = "cpu") -> list[Observation]:
