@@ -10,7 +10,7 @@ and why. Importing touches no device, file or global setting and imports no trit
 
 from .kernels.biases import ALiBi, RelativeBias
 from .kernels.explain import Explanation, explain
-from .kernels.functional import attention, scaled_dot_product_attention
+from .kernels.functional import attention, attention_varlen, scaled_dot_product_attention
 from .kernels.mask_algebra import Dense, Mask
 from .kernels.masks import Causal, Documents, FirstKeys, PrefixLM, Window, from_predicate
 from .kernels.merge import merge
@@ -32,6 +32,7 @@ __all__ = [
     "TopWeights",
     "Window",
     "attention",
+    "attention_varlen",
     "attention_weights",
     "explain",
     "from_predicate",

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..conformance.cases import Case
 from ..extras import missing
-from ..kernels.functional import attention
+from ..kernels.functional import attention, attention_varlen
 from .environment import environment
 from .memory import STATUS, peak
 from .peers import OURS
@@ -78,6 +78,7 @@ def pairs() -> Iterator[Pair]:
             partial(attention, q, k, v, dropout_p=0.1),
             partial(_sdpa, q, k, v, dropout_p=0.1),
         )
+        yield _packed_documents(name, dtype, documents=16, seqlen=512)
         k, v = (torch.randn(1, 8, 8192, 128, dtype=dtype) for _ in range(2))
         q = torch.randn(1, 32, 1, 128, dtype=dtype)
         yield Pair(
@@ -120,10 +121,10 @@ def measure_decode_without_bf16_instructions() -> Ratio:
     return Ratio(name, ratio.measured, ratio.unit, 8.0, ratio.ours_ms, ratio.theirs_ms)
 
 
-def measure_memory() -> Ratio:
+def measure_memory(width: int) -> Ratio:
     """Peak memory of a training step with a window, above a short one's (Linux)."""
-    name = f"memory, forward + backward, window 256 of {LONGEST}, fp32"
-    case = Case(name, 1, 8, 8, LONGEST, LONGEST, head_dim=64, window=(255, 0))
+    name = f"memory, forward + backward, window {width} of {LONGEST}, fp32"
+    case = Case(name, 1, 8, 8, LONGEST, LONGEST, head_dim=64, window=(width - 1, 0))
     found = peak(case, torch.float32, OURS)
     if found.peak_bytes is None:
         raise RuntimeError(f"{name}: {found.reason}")
@@ -136,7 +137,8 @@ def measure_all(budget_s: float = 30.0) -> Iterator[tuple[str, Callable[[], Rati
         yield pair.name, partial(measure, pair, budget_s)
     yield "decoding without bf16 instructions", measure_decode_without_bf16_instructions
     if STATUS.exists():
-        yield "memory", measure_memory
+        for width in (256, 1024):
+            yield f"memory, window {width}", partial(measure_memory, width)
 
 
 def main() -> int:
@@ -175,6 +177,20 @@ def _training(name: str, leaves: tuple[Tensor, ...], ours: Run, theirs: Run, req
         return torch.autograd.grad(run(*leaves), leaves, dout)
 
     return Pair(name, partial(step, ours), partial(step, theirs), required)
+
+
+def _packed_documents(name: str, dtype: torch.dtype, documents: int, seqlen: int) -> Pair:
+    """Documents one behind the other, for PyTorch under the mask that keeps them apart."""
+    total = documents * seqlen
+    q, k, v = (torch.randn(total, 8, 64, dtype=dtype) for _ in range(3))
+    document = torch.arange(total) // seqlen
+    dense = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    return Pair(
+        f"forward, {documents} packed documents of {seqlen}, {name}",
+        partial(attention_varlen, q, k, v, torch.arange(documents + 1) * seqlen),
+        partial(_sdpa, *dense, attn_mask=document[:, None] == document),
+        8.0,
+    )
 
 
 def _tensors(dtype: torch.dtype, heads: int, seqlen: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,13 +35,12 @@ def work(problem: Problem) -> dict[str, Work]:
     products instead of two (the scores once more), and the forward's tensors, dout, dq, dk and dv.
     """
     q, k, v, options = problem[:4]
-    _, spec = problem.prepared()
+    inputs, spec = problem.prepared()
     everything = spec._replace(left=None, right=None)
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     seen = visible_scores(problem)
-    shapes = q.shape, k.shape, v.shape
     forward, backward = (
-        round(count(*shapes, everything) * seen / max(1, scores)) for count in (forward_flops, backward_flops)
+        round(count(inputs, everything) * seen / max(1, scores)) for count in (forward_flops, backward_flops)
     )
     moved = explain(q, k, v, **options).bytes_forward
     gradients = sum(x.numel() * x.element_size() for x in (problem.dout, q, k, v))

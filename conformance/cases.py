@@ -16,6 +16,8 @@ from torch import Generator, Tensor
 
 from ..kernels.biases import ALiBi, RelativeBias
 from ..kernels.functional import prepare
+from ..kernels.packed import one_by_one
+from ..kernels.sequences import Sequences
 from ..kernels.spec import DEFAULTS, AttentionOptions, AttentionSpec, Inputs
 from ..kernels.visibility import visible
 from .distributions import draw
@@ -38,8 +40,9 @@ class Extra:
 @dataclass(frozen=True)
 class Case:
     """One problem, without its numbers. key_lengths are repeated over the batch, negative ones count from
-    seqlen_k; alibi: axes of slopes; mask_object: a name in `OBJECTS`, ANDed with mask. relative:
-    buckets of a RelativeBias, and whether it is bidirectional."""
+    seqlen_k; alibi: axes of slopes; mask_object: a name in `OBJECTS`, ANDed with mask. relative: buckets of
+    a RelativeBias, and whether it is bidirectional. packed: (seqlen_q, seqlen_k) of sequences one behind the
+    other; batch, seqlen_q and seqlen_k say nothing then."""
 
     name: str
     batch: int = 1
@@ -66,17 +69,35 @@ class Case:
     scale: float | None = None
     layout: str = "bhsd"
     distribution: str = "randn"
+    packed: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """(seqlen_q, seqlen_k) of each batch entry or sequence."""
+        return ((self.seqlen_q, self.seqlen_k),) * self.batch if self.packed is None else self.packed
+
+    def makes_sense_packed(self) -> bool:
+        """Whether `attention_varlen` can be asked: it has one alignment, and no masks made of tiles."""
+        tiles = self.mask_object == "predicate" or (self.mask is not None and self.mask_object != "")
+        return not self.top_left and not tiles
 
     def build(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Problem:
         """Draw the numbers: on the CPU, then moved, so that every device answers the same question."""
         generator = torch.Generator().manual_seed(seed)
         sizes = {"b": self.batch, "h": self.heads_q, "q": self.seqlen_q, "k": self.seqlen_k}
+        batch, seqlen_q, seqlen_k, sequences = self.batch, self.seqlen_q, self.seqlen_k, None
+        if self.packed is not None:
+            max_q, max_k = (max(lengths) for lengths in zip(*self.packed))
+            sizes |= {"b": len(self.packed), "q": max_q, "k": max_k}
+            bounds = torch.tensor([(0, 0), *self.packed]).cumsum(0).to(device, torch.int32)
+            sequences = Sequences(bounds[:, 0], bounds[:, 1], max_q, max_k)
+            batch, (seqlen_q, seqlen_k) = 1, bounds[-1].tolist()
         head_dim_v = self.head_dim_v or self.head_dim
         shapes = (
-            (self.batch, self.heads_q, self.seqlen_q, self.head_dim),
-            (self.batch, self.heads_kv, self.seqlen_k, self.head_dim),
-            (self.batch, self.heads_kv, self.seqlen_k, head_dim_v),
-            (self.batch, self.heads_q, self.seqlen_q, head_dim_v),
+            (batch, self.heads_q, seqlen_q, self.head_dim),
+            (batch, self.heads_kv, seqlen_k, self.head_dim),
+            (batch, self.heads_kv, seqlen_k, head_dim_v),
+            (batch, self.heads_q, seqlen_q, head_dim_v),
         )
         operands = draw(self.distribution, shapes, generator)
         lay_out = LAYOUTS[self.layout]
@@ -89,8 +110,8 @@ class Case:
         options |= {"scale": self.scale, "dropout_p": self.dropout_p, "seed": 2**40 + seed}
         options |= {"precise": self.precise, "deterministic": "batch" if self.batch_invariant else None}
         if self.key_lengths is not None:
-            lengths = list(itertools.islice(itertools.cycle(self.key_lengths), self.batch))
-            lengths = [n if n >= 0 else self.seqlen_k + n for n in lengths]
+            given = itertools.cycle(self.key_lengths)
+            lengths = [n if n >= 0 else seqlen + n for n, (_, seqlen) in zip(given, self.lengths)]
             options["key_lengths"] = torch.tensor(lengths, dtype=torch.int32, device=device)
         if self.mask is not None:
             mask = torch.rand(_shape(self.mask.axes, sizes), generator=generator) > 0.3
@@ -120,11 +141,14 @@ class Case:
             others = options.get("bias")
             others = others if isinstance(others, tuple) else () if others is None else (others,)
             options["bias"] = (*others, relative) if others else relative
-        return Problem(q, k, v, options, dout, dlse.to(device), self.top_left)
+        return Problem(q, k, v, options, dout, dlse.to(device), self.top_left, sequences)
 
 
 class Problem(NamedTuple):
-    """A case with its numbers: the tensors and options of one call, and the gradients that come back."""
+    """A case with its numbers: the tensors and options of one call, and the gradients that come back.
+
+    All have four axes, packed too: then the first has size 1, and `packed` is how a call wants them.
+    """
 
     q: Tensor
     k: Tensor
@@ -133,9 +157,17 @@ class Problem(NamedTuple):
     dout: Tensor
     dlse: Tensor
     top_left: bool = False
+    sequences: Sequences | None = None
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as (total, heads, head_dim)."""
+        q, k, v = (x[0].transpose(0, 1) for x in self[:3])
+        return q, k, v
 
     def prepared(self) -> tuple[Inputs, AttentionSpec]:
         """The same as implementations see it."""
+        if self.sequences is not None:
+            return prepare(*self.packed(), self.options, sequences=self.sequences)
         return prepare(self.q, self.k, self.v, self.options, top_left=self.top_left)
 
     def given_options(self) -> AttentionOptions:
@@ -155,7 +187,8 @@ class Problem(NamedTuple):
         """The same problem with change(x) for each of its tensors x."""
         options = {name: _changed(x, change) for name, x in self.options.items()}
         q, k, v, dout, dlse = map(change, (*self[:3], self.dout, self.dlse))
-        return Problem(q, k, v, cast(AttentionOptions, options), dout, dlse, self.top_left)
+        sequences = None if self.sequences is None else Sequences(*_changed(tuple(self.sequences), change))
+        return Problem(q, k, v, cast(AttentionOptions, options), dout, dlse, self.top_left, sequences)
 
     def of_entries(self, entries: list[int]) -> Problem:
         """The problem of some batch entries, in that order."""
@@ -178,14 +211,20 @@ class Problem(NamedTuple):
     def has_empty_rows(self) -> bool:
         """Whether some query sees no key, or only scores of -inf."""
         inputs, spec = self.prepared()
-        batch, heads, seqlen_q, _ = inputs.q.shape
-        ok = torch.ones(batch, heads, seqlen_q, inputs.k.shape[2], dtype=torch.bool, device=inputs.q.device)
-        shown = visible(inputs, spec)
-        if shown is not None:
-            ok = ok & shown
-        if inputs.bias is not None:
-            ok = ok & (inputs.bias > -torch.inf)
-        return not bool(ok.any(-1).all())
+        if inputs.spans_q is not None:
+            return any(_has_empty_rows(*dense[1:]) for dense in one_by_one(inputs, spec))
+        return _has_empty_rows(inputs, spec)
+
+
+def _has_empty_rows(inputs: Inputs, spec: AttentionSpec) -> bool:
+    batch, heads, seqlen_q, _ = inputs.q.shape
+    ok = torch.ones(batch, heads, seqlen_q, inputs.k.shape[2], dtype=torch.bool, device=inputs.q.device)
+    shown = visible(inputs, spec)
+    if shown is not None:
+        ok = ok & shown
+    if inputs.bias is not None:
+        ok = ok & (inputs.bias > -torch.inf)
+    return not bool(ok.any(-1).all())
 
 
 def _changed(option: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -309,6 +348,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "scale": {"scale": -0.4},
     "gqa": {"heads_q": 4},
     "rectangular": {"seqlen_k": 50},
+    "packed": {"packed": ((5, 33), (0, 9), (33, 20), (7, 0), (1, 40), (17, 17), (17, 17))},
 }
 
 
@@ -378,4 +418,27 @@ def _numbers() -> list[Case]:
     return bias + options + numbers + layouts
 
 
-CASES: tuple[Case, ...] = (*_options(), *_shapes(), *_visibility(), *_numbers())
+def _packed() -> list[Case]:
+    """Packed sequences: lengths that no tile divides, none at either end and in the middle, every option."""
+    lengths = {
+        "alone": ((33, 33),),
+        "alike": ((17, 17),) * 3,
+        "square": ((0, 0), (33, 33), (1, 1), (0, 0), (0, 0), (17, 17), (17, 17), (0, 0)),
+    }
+    cases = [Case(f"packed {name}", packed=x) for name, x in lengths.items()]
+    cases += [replace(case, name=f"causal {case.name}", causal=True) for case in cases]
+    ragged, square = OPTIONS["packed"]["packed"], lengths["square"]
+    others = {
+        name: x for name, x in OPTIONS.items() if name not in ("batch", "rectangular", "packed", "predicate")
+    }
+    cases += [Case(f"packed {name}", **(fields | OPTIONS["packed"])) for name, fields in others.items()]
+    cases += [Case(f"packed object {x}", packed=ragged, mask_object=x) for x in ("prefix", "streaming")]
+    cases += [Case("packed layout bshd", packed=ragged, layout="bshd")]
+    cases += [Case("packed gqa+window+bias", packed=ragged, heads_q=4, window=(9, 0), bias=Extra(axes="bhk"))]
+    cases += [Case("packed mask of each sequence", packed=ragged, mask=Extra("padding_left", "bk"))]
+    cases += [Case("packed bias of each sequence", packed=square, bias=Extra("random", "bhqk"))]
+    cases += [Case("packed alibi of each sequence", packed=square, alibi="bh", causal=True)]
+    return cases
+
+
+CASES: tuple[Case, ...] = (*_options(), *_shapes(), *_visibility(), *_numbers(), *_packed())

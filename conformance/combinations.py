@@ -61,6 +61,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "tiny": {"seqlen_q": 9, "seqlen_k": 13},
         "tiles": {"seqlen_q": 70, "seqlen_k": 139},
         "one query": {"seqlen_q": 1, "seqlen_k": 37},
+        "packed": {"packed": ((5, 33), (0, 9), (33, 20), (7, 0), (17, 17), (17, 17))},
     },
     "head_dims": {
         "head_dim 16": {},
@@ -90,10 +91,14 @@ CLASHES = {
     frozenset({("visibility", "top-left window"), ("seqlens", "one query")}),
     frozenset({("visibility", "top-left causal"), ("mask", "left padding")}),
     frozenset({("visibility", "top-left window"), ("mask", "left padding")}),
+    frozenset({("visibility", "top-left causal"), ("seqlens", "packed")}),
+    frozenset({("visibility", "top-left window"), ("seqlens", "packed")}),
+    frozenset({("mask", "predicate object"), ("seqlens", "packed")}),
+    frozenset({("mask", "masked documents"), ("seqlens", "packed")}),
     frozenset({("mask", "mask of entries"), ("batch", "batch 1")}),
     frozenset({("key_lengths", "an empty sequence"), ("batch", "batch 1")}),
 }
-"""What leaves nothing to see, and would hide whatever else stands there."""
+"""What leaves nothing to see, and would hide whatever else stands there; what no call can say."""
 
 
 def combinations(target: Target) -> tuple[Case, ...]:

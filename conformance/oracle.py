@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels import dispatch, reference
 from ..kernels.biases import distances, looked_up, summed_up
+from ..kernels.packed import Piece, one_by_one
 from ..kernels.spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs
 
 ACCUMULATION_ROUNDOFF = {
@@ -81,7 +82,11 @@ def solve(
     A row's weight in score_cond is |lse| + max_j c·|scale|·Σ|q||k| + |softcap·t| + |bias| over the
     keys that have p > 0: times the accumulation's roundoff, what the exponent of p = exp(s - lse) may
     be wrong by.
+
+    Of packed sequences, each by itself: its rows and keys, and its share of what all have in common.
     """
+    if inputs.spans_q is not None:
+        return _solve_packed(inputs, spec, dout, dlse)
     dtype = inputs.q.dtype
     exact = _double(inputs)
     rows, heads_kv = exact.q.shape[:3], exact.k.shape[1]
@@ -166,6 +171,35 @@ def solve(
     )
 
 
+def _solve_packed(inputs: Inputs, spec: AttentionSpec, dout: Tensor | None, dlse: Tensor | None) -> Oracle:
+    """`solve` for packed sequences: every one as a dense problem."""
+    exact = _double(inputs)
+    q, k, v = exact[:3]
+    rows = q.new_zeros(q.shape[:3])
+    others = (None if x is None else torch.zeros_like(x) for x in exact[3:N_GRADIENTS])
+    zeros = Results(q.new_zeros(*rows.shape, v.shape[3]), rows, *map(torch.zeros_like, (q, k, v)), *others)
+    value, cond, score_cond, underflow = parts = [
+        Results(*(None if x is None else x.clone() for x in zeros)) for _ in range(4)
+    ]
+    assert value.lse is not None
+    value.lse.fill_(-torch.inf)
+    for piece, own, own_spec in one_by_one(inputs, spec):
+        found = solve(own, own_spec, *(None if x is None else piece.rows_of(x) for x in (dout, dlse)))
+        for total, part in zip(parts, found[:4]):
+            _add(total, part, piece, inputs)
+    return Oracle(value, cond, score_cond, underflow, inputs.q.dtype)
+
+
+def _add(total: Results, part: Results, piece: Piece, inputs: Inputs) -> None:
+    """Put rows and keys in their places and add what is shared: gradients are cut as what they belong to."""
+    for name in ("out", "lse"):
+        piece.rows_of(getattr(total, name)).copy_(getattr(part, name))
+    gradients = {name: getattr(total, f"d{name}") for name in Inputs._fields[:N_GRADIENTS]}
+    for name, x in piece.cut(inputs._replace(**gradients))._asdict().items():
+        if gradients.get(name) is not None:
+            x += getattr(part, f"d{name}")
+
+
 def _double(inputs: Inputs) -> Inputs:
     given = (None if x is None else x.detach().double() for x in inputs[:N_GRADIENTS])
     return Inputs._make([*given, *inputs[N_GRADIENTS:]])
@@ -215,4 +249,4 @@ def _scores(
 
 
 def _over_group(x: Tensor, heads_kv: int) -> Tensor:
-    return x if x.shape[1] == heads_kv else x.reshape(x.shape[0], heads_kv, -1, *x.shape[2:]).sum(2)
+    return x if x.shape[1] == heads_kv else x.unflatten(1, (heads_kv, x.shape[1] // heads_kv)).sum(2)

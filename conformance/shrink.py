@@ -86,6 +86,9 @@ def _smaller(case: Case) -> Iterator[Case]:
         if field.name not in (*SIZES, "name") and getattr(case, field.name) != getattr(PLAIN, field.name):
             change = {field.name: getattr(PLAIN, field.name)}
             yield replace(case, **change)
+    if case.packed is not None:
+        for i in range(len(case.packed)):
+            yield replace(case, packed=case.packed[:i] + case.packed[i + 1 :])
     for name in ("mask", "bias"):
         extra = getattr(case, name)
         if extra is not None and extra.dtype is None and extra != Extra():

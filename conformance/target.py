@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -63,6 +64,7 @@ class Capabilities:
     sinks: bool = False
     alibi: bool = False
     relative_bias: bool = False
+    packed: bool = False
     dropout: bool = False
     same_dropout: bool = False
     precise: bool = False
@@ -119,7 +121,7 @@ class Target:
         claims, aligned = self.capabilities, case.causal or case.window is not None
         head_dims = {case.head_dim, case.head_dim_v or case.head_dim}
         alignment = "top-left" if case.top_left else "bottom-right"
-        square = case.seqlen_q == case.seqlen_k
+        square = all(seqlen_q == seqlen_k for seqlen_q, seqlen_k in case.lengths)
         needs = {
             f"dtype {dtype}": dtype in claims.dtypes,
             "head_dim": max(head_dims) <= claims.max_head_dim
@@ -127,8 +129,9 @@ class Target:
             "different_head_dims": claims.different_head_dims or len(head_dims) == 1,
             "rectangular": claims.rectangular or square,
             f"alignment {alignment}": not aligned or square or alignment in claims.alignments,
-            "batch": claims.batch or case.batch == 1,
-            "empty": claims.empty or 0 not in (case.batch, case.seqlen_q, case.seqlen_k),
+            "packed": case.packed is None or (claims.packed and case.makes_sense_packed()),
+            "batch": claims.batch or len(case.lengths) == 1 or case.packed is not None,
+            "empty": claims.empty or (len(case.lengths) > 0 and 0 not in itertools.chain(*case.lengths)),
             "any_strides": claims.any_strides or case.layout == "bhsd",
             "scale": claims.scale or case.scale is None,
             "gqa": claims.gqa or case.heads_q == case.heads_kv,
@@ -165,10 +168,17 @@ def target(function: Callable[..., Any], name: str | None = None, **capabilities
     claims = claim(Capabilities(), capabilities)
 
     def attend(problem: Problem) -> tuple[Tensor, Tensor | None]:
-        answer = function(problem.q, problem.k, problem.v, **problem.given_options())
+        where = problem.sequences
+        if where is None:
+            answer = function(problem.q, problem.k, problem.v, **problem.given_options())
+        else:
+            limits = {"max_seqlen_q": where.max_seqlen_q, "max_seqlen_k": where.max_seqlen_k}
+            answer = function(*problem.packed(), *where[:2], **limits, **problem.given_options())
         if not isinstance(answer, (tuple, list)):
-            return answer, None
+            answer = (answer,)
         require(len(answer) in (1, 2), f"returns {len(answer)} things, not out or (out, lse)")
+        if where is not None:
+            answer = [x.transpose(0, 1)[None] for x in answer]
         return answer[0], answer[1] if len(answer) == 2 else None
 
     name = name or str(getattr(function, "__name__", "attention"))

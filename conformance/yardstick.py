@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.biases import distances, looked_up
+from ..kernels.packed import concatenated
 from ..kernels.philox import keep_mask
 from ..kernels.sinks import lse_of_empty_rows
 from ..kernels.spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs
@@ -68,6 +69,9 @@ def _plain_results(problem: Problem, through_lse: bool) -> Results:
 
 def _plain(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """Attention as one would write it down, every step in the dtype of q: (out, lse)."""
+    if inputs.spans_q is not None:
+        out, lse = concatenated(_plain, inputs, spec)
+        return out, lse
     q, dtype = inputs.q * spec.scale, inputs.q.dtype
     group = q.shape[1] // max(inputs.k.shape[1], 1)
     k, v = (x.repeat_interleave(group, 1) for x in (inputs.k, inputs.v))
@@ -92,7 +96,9 @@ def _plain(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     if spec.dropout_p:
         assert inputs.seed is not None
         batch, heads, rows, cols = p.shape
-        keep = keep_mask(inputs.seed, spec.dropout_p, batch, heads, range(rows), range(cols))
+        keep = keep_mask(
+            *(inputs.seed, spec.dropout_p, batch, heads, range(rows), range(cols)), spec.first_entry * heads
+        )
         p = torch.where(keep, p / (1 - spec.dropout_p), 0.0) if spec.dropout_p < 1 else p * 0.0
     lse = torch.logsumexp(scores, dim=-1).masked_fill(empty.squeeze(-1), -torch.inf)
     return p @ v, lse if inputs.sinks is None else lse_of_empty_rows(lse, inputs.sinks)

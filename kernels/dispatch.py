@@ -79,7 +79,7 @@ def run(inputs: Inputs, spec: AttentionSpec, impl: str, want: Collection[str] = 
             inputs, spec, lse, entropy="entropy" in want, key_mass="key_mass" in want
         )
     if inputs.sinks is not None and spec.want_lse:
-        lse = lse_of_empty_rows(lse, inputs.sinks)
+        lse = lse_of_empty_rows(lse, inputs.sinks, inputs.spans_q)
     return AttentionStats(
         out,
         lse,

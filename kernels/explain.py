@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import dispatch, evidence
-from .flops import backward_flops, forward_flops
+from . import dispatch, evidence, nested
+from .flops import backward_flops, forward_flops, lengths
 from .functional import prepare, with_options
+from .sequences import Sequences
 from .spec import IMPLEMENTATIONS, AttentionOptions, AttentionSpec, Inputs
 from .validation import check_want
 from .visibility import key_bounds
@@ -37,8 +38,8 @@ class Explanation:
     evidence: what is known of the chosen implementation on this kind of device.
     flops_forward, flops_backward: useful operations, counted from the scores causal and window leave.
     bytes_forward: size of the tensors a forward must read and write once.
-    tiles, tiles_visited: tiles of 128 x 128 scores per batch entry and head, and how many causal and
-    window leave to visit.
+    tiles, tiles_visited: tiles of 128 x 128 scores per batch entry and head, of all packed sequences and per
+    head, and how many causal and window leave to visit.
     """
 
     call: str
@@ -72,23 +73,33 @@ def explain(
     k: Tensor,
     v: Tensor,
     *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     want: Sequence[str] | None = None,
     **options: Unpack[AttentionOptions],
 ) -> Explanation:
     """Which implementation `attention` would run for these arguments, and why each other one would not.
 
-    Takes what `attention` takes; meta tensors stand for a GPU's, on machines that have none. Raises what
-    `attention` raises for wrong input; an impl= that cannot take the call is explained, not raised.
+    Takes what `attention` takes, with cu_seqlens_q what `attention_varlen` takes; meta tensors stand for a
+    GPU's, on machines that have none. Raises what these raise for wrong input; an impl= that cannot take the
+    call is explained, not raised.
     """
     check_want(want)
     if options.get("seed") is None:
         options["seed"] = 0  # drawing one would move PyTorch's generator
-    inputs, spec = prepare(q, k, v, options)
+    sequences = None
+    if any(getattr(x, "is_nested", False) for x in (q, k, v)):
+        q, k, v, *cu = nested.packed(q, k, v, bool(options.get("check")))
+        sequences = Sequences(cu[0], cu[1])
+    elif cu_seqlens_q is not None:
+        sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    inputs, spec = prepare(q, k, v, options, sequences=sequences)
     order = options.get("impl") or dispatch.DEFAULT_IMPL
     reasons = {name: dispatch.unsupported_reasons(name, inputs, spec) for name in IMPLEMENTATIONS}
     chosen = _chosen(order, inputs, spec)
-    seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
-    shapes = inputs.q.shape, inputs.k.shape, inputs.v.shape
+    sizes = lengths(inputs) if sequences is not None else lengths(inputs)[:1]
     return Explanation(
         call=_describe(inputs, spec),
         chosen=chosen,
@@ -96,11 +107,11 @@ def explain(
             name: found or [_passed_over(name, order)] for name, found in reasons.items() if name != chosen
         },
         evidence=_evidence(chosen, inputs.q.device),
-        flops_forward=forward_flops(*shapes, spec),
-        flops_backward=backward_flops(*shapes, spec),
+        flops_forward=forward_flops(inputs, spec),
+        flops_backward=backward_flops(inputs, spec),
         bytes_forward=_bytes(inputs),
-        tiles=-(-seqlen_q // TILE) * -(-seqlen_k // TILE),
-        tiles_visited=_tiles_visited(spec, seqlen_q, seqlen_k),
+        tiles=sum(-(-seqlen_q // TILE) * -(-seqlen_k // TILE) for seqlen_q, seqlen_k in sizes),
+        tiles_visited=sum(_tiles_visited(spec, *both) for both in sizes),
     )
 
 
@@ -140,6 +151,8 @@ def _describe(inputs: Inputs, spec: AttentionSpec) -> str:
     parts = [
         f"attention of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {q.dtype}, {q.device}"
     ]
+    if inputs.spans_q is not None:
+        parts.append(f"{inputs.spans_q.shape[0]} packed sequences")
     if spec.left is not None or spec.right is not None:
         parts.append(f"window ({spec.left}, {spec.right}), {'top-left' if spec.top_left else 'bottom-right'}")
     given = [

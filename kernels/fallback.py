@@ -10,20 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import packed
 from .biases import distances, looked_up, summed_up
 from .fallback_blocks import Block, FlashEngine, MatmulEngine, RowGradients, scores
 from .fallback_plan import Part, Strip
-from .fallback_problems import Engine, Problem, entries_of, problems
+from .fallback_problems import Engine, Problem, problems
 from .fallback_runs import forward_run, runs_of
 from .merge import merged
 from .philox import keep_mask
 from .sinks import gradient, join
 from .spec import AttentionSpec, Gradients, Inputs, Needs, like, seq_major
-from .visibility import block_of, visible
+from .visibility import block_of, entries_of, visible
 
 
 def attention_forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor | None]:
     """(out, lse, max_logit) of validated inputs, as the reference defines them; None without `want_max`."""
+    if inputs.spans_q is not None:
+        return packed.forward(attention_forward, inputs, spec)
     out, lse = _out_and_lse(inputs, spec)
     return out, lse, _max_logit(inputs, spec) if spec.want_max else None
 
@@ -76,6 +79,22 @@ def attention_backward(
     summed in float32 or wider and rounded once. With `precise` they are those of one more forward pass where
     the saved ones are rounded: seven products instead of five. dentropy: see `entropy_backward`.
     """
+    if inputs.spans_q is not None:
+
+        def shares(piece: packed.Piece, own: Inputs, own_spec: AttentionSpec) -> Gradients:
+            rows_of = piece.rows_of
+            return attention_backward(
+                rows_of(dout),
+                None if dlse is None else rows_of(dlse),
+                rows_of(out),
+                rows_of(lse),
+                own,
+                own_spec,
+                needs,
+                None if dentropy is None else rows_of(dentropy),
+            )
+
+        return packed.gradients(shares, inputs, spec, needs)
     spec = spec._replace(want_lse=True)  # nothing is narrow in backward
     if spec.precise and inputs.q.element_size() == 2:
         out, lse = _unrounded(inputs, spec)
@@ -168,6 +187,8 @@ def attention_statistics(
     No term p·(lse - s) of the entropy is negative: nothing cancels.
     """
     q, k = inputs.q, inputs.k
+    if inputs.spans_q is not None:
+        return packed.statistics(attention_statistics, lse, inputs, spec, entropy, key_mass)
     total = torch.zeros_like(lse) if entropy else None
     mass = lse.new_zeros(*q.shape[:2], k.shape[2]) if key_mass else None
     for problem in problems(inputs, spec, MatmulEngine, poison=(k,)):

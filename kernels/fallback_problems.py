@@ -117,10 +117,5 @@ def _seen(inputs: Inputs, spec: AttentionSpec, strips: tuple[Strip, ...]) -> Ten
     return seen
 
 
-def entries_of(x: Tensor, entries: slice) -> Tensor:
-    """Batch entries of a tensor whose batch axis may have size 1 and then stays so."""
-    return x if x.shape[0] == 1 else x[entries]
-
-
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -14,14 +14,30 @@ from .visibility import visible_scores
 N_INPUTS = len(Inputs._fields)
 
 
-def forward_flops(q_shape: Any, k_shape: Any, v_shape: Any, spec: AttentionSpec) -> int:
+def forward_flops(inputs: Inputs, spec: AttentionSpec) -> int:
     """Two products over the scores that causal and window leave visible."""
-    return _flops(q_shape, k_shape, v_shape, spec, products_qk=1, products_v=1)
+    return _flops(inputs, spec, products_qk=1, products_v=1)
 
 
-def backward_flops(q_shape: Any, k_shape: Any, v_shape: Any, spec: AttentionSpec) -> int:
+def backward_flops(inputs: Inputs, spec: AttentionSpec) -> int:
     """Five products over the visible scores: three with head_dim, two with head_dim_v."""
-    return _flops(q_shape, k_shape, v_shape, spec, products_qk=3, products_v=2)
+    return _flops(inputs, spec, products_qk=3, products_v=2)
+
+
+def lengths(inputs: Inputs) -> list[tuple[int, int]]:
+    """(seqlen_q, seqlen_k) of each batch entry or packed sequence.
+
+    Of packed ones without values, on a meta device say, equal shares of the tokens.
+    """
+    batch, seqlen_q, seqlen_k = inputs.q.shape[0], inputs.q.shape[2], inputs.k.shape[2]
+    spans = inputs.spans_q, inputs.spans_k
+    if spans[0] is None or spans[1] is None:
+        return [(seqlen_q, seqlen_k)] * batch
+    if spans[0].is_meta or type(spans[0]) is not torch.Tensor:
+        n = spans[0].shape[0]
+        return [(seqlen_q // n, seqlen_k // n)] * n
+    of_q, of_k = ((x[:, 1] - x[:, 0]).tolist() for x in spans if x is not None)
+    return [*zip(of_q, of_k, strict=True)]
 
 
 def teach(namespace: str) -> None:
@@ -44,19 +60,17 @@ def register(namespace: str) -> None:
 
     operators = getattr(torch.ops, namespace)
 
-    @register_flop_formula(operators.forward)
-    def _(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        return forward_flops(args[0], args[1], args[2], AttentionSpec(*args[N_INPUTS:-1]))
+    @register_flop_formula(operators.forward, get_raw=True)
+    def _(*args: Any, **kwargs: Any) -> int:
+        return forward_flops(Inputs(*args[:N_INPUTS]), AttentionSpec(*args[N_INPUTS:-1]))
 
-    @register_flop_formula(operators.backward)
-    def _(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        q, k, v, *rest = args[4:]
-        return backward_flops(q, k, v, AttentionSpec(*rest[N_INPUTS - 3 : -2]))
+    @register_flop_formula(operators.backward, get_raw=True)
+    def _(*args: Any, **kwargs: Any) -> int:
+        given = args[4:-2]
+        return backward_flops(Inputs(*given[:N_INPUTS]), AttentionSpec(*given[N_INPUTS:]))
 
 
-def _flops(
-    q_shape: Any, k_shape: Any, v_shape: Any, spec: AttentionSpec, products_qk: int, products_v: int
-) -> int:
-    batch, heads, seqlen_q, head_dim = q_shape
-    scores = batch * heads * visible_scores(spec, seqlen_q, k_shape[2])
-    return 2 * scores * (products_qk * head_dim + products_v * v_shape[3])
+def _flops(inputs: Inputs, spec: AttentionSpec, products_qk: int, products_v: int) -> int:
+    head_dim, head_dim_v = inputs.q.shape[3], inputs.v.shape[3]
+    scores = inputs.q.shape[1] * sum(visible_scores(spec, *both) for both in lengths(inputs))
+    return 2 * scores * (products_qk * head_dim + products_v * head_dim_v)

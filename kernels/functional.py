@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, nested
 from .mask_algebra import Mask
 from .masks import compiled
+from .sequences import Sequences, unpacked
 from .spec import DEFAULTS, DTYPES, AttentionOptions, AttentionSpec, AttentionStats, Inputs
 from .tracing import constant_when_traced
 from .validation import as_bool, check_tensor, check_want, make_inputs, make_spec
@@ -114,12 +115,102 @@ def attention(
         ValueError, TypeError: an argument is not what it must be; the message names it.
         NotImplementedError: impl= names an implementation that cannot take the call; lists every reason.
     """
+    if any(getattr(x, "is_nested", False) for x in (q, k, v)):
+        return _attention_jagged(q, k, v, want, options)
     check_want(want)
     inputs, spec = prepare(q, k, v, options, want=want or ())
     stats = _run(inputs, spec, options.get("impl"), want or ())
     if want is None:
         return stats.out
     return stats if "lse" in want else stats._replace(lse=None)
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    want: None = None,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    want: Sequence[str],
+    **options: Unpack[AttentionOptions],
+) -> AttentionStats: ...
+@with_options
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    want: Sequence[str] | None = None,
+    **options: Unpack[AttentionOptions],
+) -> Tensor | AttentionStats:
+    """`attention` of sequences that lie one behind the other: no padding, and nobody sees another sequence.
+
+    Shapes: q (total_q, heads_q, head_dim), k (total_k, heads_kv, head_dim), v (total_k, heads_kv,
+    head_dim_v), any strides. cu_seqlens_q, cu_seqlens_k: int32 or int64 (sequences + 1,), on q's device;
+    sequence i is rows cu_seqlens_q[i] ... cu_seqlens_q[i + 1] - 1 of q, and so with k and v. Without
+    cu_seqlens_k it is cu_seqlens_q. A sequence may have no rows, no keys, or neither.
+    Returns out (total_q, heads_q, head_dim_v); what `want` asks for is
+    (total_q, heads_q), key_mass (total_k, heads_q).
+
+    Options are those of `attention`, with a sequence for a batch entry: positions, rows and keys count from
+    its start, the last query of each stands at its last key; key_lengths is (sequences,), ALiBi's slopes
+    (heads_q,) or (sequences, heads_q); dropout drops what it drops in the same sequences padded. mask and
+    bias broadcast to (sequences, heads_q, max_seqlen_q, max_seqlen_k).
+
+    max_seqlen_q, max_seqlen_k are needed only where mask or bias have that axis; max_seqlen_k is
+    max_seqlen_q unless one of it or cu_seqlens_k is given. What a sequence has past them belongs to no
+    sequence. Nothing is read outside q, k, v whatever cu_seqlens hold: an entry is taken as at least the one
+    before it, and at most the total; check=True raises instead. Tokens of no sequence give out 0, lse -inf
+    and zero gradients, and can hold NaN: it reaches nothing.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `attention`.
+    """
+    check_want(want)
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    inputs, spec = prepare(q, k, v, options, want=want or (), sequences=sequences)
+    stats = _run(inputs, spec, options.get("impl"), want or ())
+    if want is None:
+        return stats.out[0].transpose(0, 1)
+    stats = stats if "lse" in want else stats._replace(lse=None)
+    return AttentionStats(
+        **{name: x[0].transpose(0, 1) for name, x in stats._asdict().items() if x is not None}
+    )
+
+
+def _attention_jagged(
+    q: Tensor, k: Tensor, v: Tensor, want: Sequence[str] | None, options: AttentionOptions
+) -> Tensor | AttentionStats:
+    """`attention` of nested tensors: of their values, packed."""
+    packed = nested.packed(q, k, v, bool(options.get("check")))
+    if want is None:
+        return nested.unpacked(attention_varlen(*packed, **options), q)
+    stats = attention_varlen(*packed, want=want, **options)
+    given = {name: x for name, x in stats._asdict().items() if x is not None}
+    return AttentionStats(
+        **{name: nested.unpacked(x, k if name == "key_mass" else q) for name, x in given.items()}
+    )
 
 
 def scaled_dot_product_attention(
@@ -179,6 +270,7 @@ def prepare(
     *,
     top_left: bool = False,
     want: Collection[str] = ("lse",),
+    sequences: Sequences | None = None,
 ) -> tuple[Inputs, AttentionSpec]:
     """Validate a call and turn it into what implementations see; q, k, v as autocast wants them."""
     filled: AttentionOptions = {**DEFAULTS, **options} if options else DEFAULTS
@@ -192,8 +284,11 @@ def prepare(
         q, k, v = (
             x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v)
         )
+    spans = None
+    if sequences is not None:
+        q, k, v, spans = unpacked(q, k, v, sequences, filled["check"])
     mask = filled["mask"]
-    inputs = make_inputs(q, k, v, {**filled, "mask": None} if isinstance(mask, Mask) else filled)
+    inputs = make_inputs(q, k, v, {**filled, "mask": None} if isinstance(mask, Mask) else filled, spans)
     tf32 = q.is_cuda and q.dtype == torch.float32 and _tf32_allowed()
     spec = make_spec(
         q.shape[-1],

@@ -211,7 +211,8 @@ def _allocate_backward(
 
 
 def _is_empty(inputs: Inputs) -> bool:
-    return inputs.q.numel() == 0 or inputs.k.numel() == 0
+    q, k, spans = inputs.q, inputs.k, inputs.spans_q
+    return q.numel() == 0 or k.numel() == 0 or (spans is not None and spans.numel() == 0)
 
 
 def _first_that_compiles(impl: str, function: str, *args: Any) -> Any:

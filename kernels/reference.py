@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import packed
 from .biases import distances, looked_up
 from .philox import keep_mask
 from .spec import AttentionSpec, Inputs, of_entries
@@ -24,6 +25,9 @@ def attention(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     out = dropout(p)·v. Computes in float32, or float64 for float64 inputs; out has q's dtype. lse is -inf for
     a row that sees no key. With `batch_invariant` entries are computed one by one.
     """
+    if inputs.spans_q is not None:
+        out, lse = packed.concatenated(attention, inputs, spec)
+        return out, lse
     if spec.batch_invariant and inputs.q.shape[0] > 1:
         out, lse = (torch.cat(x) for x in zip(*(attention(*alone) for alone in _entries(inputs, spec))))
         return out, lse
@@ -46,6 +50,10 @@ def statistics(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor, Ten
     key_mass = Σ p over rows. A row that sees no key has -inf and 0, and adds nothing. Only entropy has a
     gradient.
     """
+    if inputs.spans_q is not None:
+        max_logit, entropy = packed.concatenated(lambda *own: statistics(*own)[:2], inputs, spec)
+        (key_mass,) = packed.concatenated(lambda *own: statistics(*own)[2:], inputs, spec, of_keys=True)
+        return max_logit, entropy, key_mass
     if spec.batch_invariant and inputs.q.shape[0] > 1:
         of_entries = zip(*(statistics(*alone) for alone in _entries(inputs, spec)))
         max_logit, entropy, key_mass = (torch.cat(x) for x in of_entries)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .visibility import owners
+
 
 def join(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """(out, lse) with the sinks in the denominator, from (out, lse) over the keys alone, in wide dtype.
@@ -32,9 +34,15 @@ def gradient(delta: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     return shares.sum((0, 2)).to(sinks.dtype)
 
 
-def lse_of_empty_rows(lse: Tensor, sinks: Tensor) -> Tensor:
-    """lse as the contract has it: where there is no key, the sink is the whole denominator."""
-    return torch.where(lse == -torch.inf, _per_row(sinks, lse), lse)
+def lse_of_empty_rows(lse: Tensor, sinks: Tensor, spans_q: Tensor | None = None) -> Tensor:
+    """lse as the contract has it: where there is no key, the sink is the whole denominator.
+
+    Packed, rows that no sequence owns keep -inf.
+    """
+    empty = lse == -torch.inf
+    if spans_q is not None:
+        empty = empty & owners(spans_q, lse.shape[2])[2]
+    return torch.where(empty, _per_row(sinks, lse), lse)
 
 
 def _per_row(sinks: Tensor, lse: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,41 @@ LARGEST = 2.0**60
 """Of |scale|, softcap and 1/softcap: products and quotients of two of them still fit into float32."""
 
 
-def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Inputs:
+class Target(NamedTuple):
+    """What masks and biases broadcast to."""
+
+    sizes: tuple[int, int, int, int]
+    names: tuple[str, str, str, str] = ("batch", "heads_q", "seqlen_q", "seqlen_k")
+
+    def __str__(self) -> str:
+        return f"({', '.join(self.names)}) = {tuple(self.sizes)}"
+
+
+class Spans(NamedTuple):
+    """Where packed sequences lie, as in `Inputs`, and what the host was told of their lengths."""
+
+    q: Tensor
+    k: Tensor
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+
+    def target(self, heads_q: int) -> Target:
+        """An axis nobody told the size of has to be broadcast."""
+        max_q, max_k = self.max_seqlen_q, self.max_seqlen_k
+        return Target(
+            (self.q.shape[0], heads_q, 1 if max_q is None else max_q, 1 if max_k is None else max_k),
+            (
+                "sequences",
+                "heads_q",
+                "1 without max_seqlen_q" if max_q is None else "max_seqlen_q",
+                "1 without max_seqlen_k" if max_k is None else "max_seqlen_k",
+            ),
+        )
+
+
+def make_inputs(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, spans: Spans | None = None
+) -> Inputs:
     """Check the tensors of a call; broadcast batch-1 inputs by stride; give mask and bias four axes.
 
     Raises:
@@ -30,7 +65,7 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
     if batch_k != batch or batch_v != batch:
         batch = max(batch, batch_k, batch_v) if 0 not in (batch, batch_k, batch_v) else 0
         q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1, -1) for x in (q, k, v))
-    target = (batch, heads_q, seqlen_q, seqlen_k)
+    target = Target((batch, heads_q, seqlen_q, seqlen_k)) if spans is None else spans.target(heads_q)
     mask, key_lengths = options["mask"], options["key_lengths"]
     bias, slopes, table = _split_biases(options["bias"], q, target)
     if mask is not None:
@@ -50,18 +85,14 @@ def make_inputs(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> I
         if sinks.shape != (heads_q,):
             raise ValueError(f"sinks must have shape (heads_q,) = ({heads_q},), got {tuple(sinks.shape)}")
     if key_lengths is not None:
-        check_tensor("key_lengths", key_lengths, q.device)
-        if key_lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"key_lengths must be int32 or int64, got {key_lengths.dtype}")
-        if key_lengths.ndim != 1 or key_lengths.shape[0] not in (1, batch):
-            raise ValueError(
-                f"key_lengths must have shape (batch,) = ({batch},), got {tuple(key_lengths.shape)}"
-            )
-        if options["check"]:
-            _check_lengths(key_lengths, seqlen_k)
-        key_lengths = key_lengths.clamp(0, seqlen_k).to(torch.int32).expand(batch).contiguous()
+        stop = seqlen_k if spans is None else spans.k[:, 1] - spans.k[:, 0]
+        key_lengths = _checked_lengths(key_lengths, q.device, target.sizes[0], stop, options["check"])
     return Inputs(
-        q, k, v, bias, sinks, slopes, table, mask, key_lengths=key_lengths, seed=_make_seed(q, options)
+        *(q, k, v, bias, sinks, slopes, table, mask),
+        key_lengths=key_lengths,
+        spans_q=None if spans is None else spans.q,
+        spans_k=None if spans is None else spans.k,
+        seed=_make_seed(q, options),
     )
 
 
@@ -174,19 +205,16 @@ def _checked_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.Size, torch.
     return shapes
 
 
-def _four_axes(name: str, x: Tensor, target: tuple[int, int, int, int]) -> Tensor:
+def _four_axes(name: str, x: Tensor, target: Target) -> Tensor:
     """View x with four axes, right-aligned, each 1 or the target's."""
     shape = x.shape
-    if len(shape) > 4 or any(a != 1 and a != b for a, b in zip(reversed(shape), reversed(target))):
-        raise ValueError(
-            f"{name} must broadcast, right-aligned, to (batch, heads_q, seqlen_q, seqlen_k) = "
-            f"{tuple(target)}, got shape {tuple(shape)}"
-        )
+    if len(shape) > 4 or any(a != 1 and a != b for a, b in zip(reversed(shape), reversed(target.sizes))):
+        raise ValueError(f"{name} must broadcast, right-aligned, to {target}, got shape {tuple(shape)}")
     return x if len(shape) == 4 else x[(None,) * (4 - len(shape))]
 
 
 def _split_biases(
-    given: Biases, q: Tensor, target: tuple[int, int, int, int]
+    given: Biases, q: Tensor, target: Target
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(the sum of the tensors with four axes, ALiBi's slopes, RelativeBias's table) of a bias or several."""
     if given is None:
@@ -218,8 +246,8 @@ def _split_biases(
     return bias, slopes, table
 
 
-def _checked_table(bias: RelativeBias, q: Tensor, target: tuple[int, int, int, int]) -> Tensor:
-    table, heads_q, bidirectional = bias.table, target[1], as_bool("bidirectional", bias.bidirectional)
+def _checked_table(bias: RelativeBias, q: Tensor, target: Target) -> Tensor:
+    table, heads_q, bidirectional = bias.table, target.sizes[1], as_bool("bidirectional", bias.bidirectional)
     check_tensor("the table of RelativeBias", table, q.device)
     if table.dtype not in DTYPES:
         raise TypeError(f"the table of RelativeBias must be a float tensor, got {table.dtype}")
@@ -245,10 +273,10 @@ def _wide(a: Tensor, b: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
 
 
-def _checked_slopes(slopes: Tensor, q: Tensor, target: tuple[int, int, int, int]) -> Tensor:
+def _checked_slopes(slopes: Tensor, q: Tensor, target: Target) -> Tensor:
     """With two axes, (1 or batch, heads_q)."""
     check_tensor("the slopes of ALiBi", slopes, q.device)
-    batch, heads_q = target[:2]
+    batch, heads_q = target.sizes[:2]
     if slopes.dtype not in DTYPES:
         raise TypeError(f"the slopes of ALiBi must be a float tensor, got {slopes.dtype}")
     if slopes.shape not in ((heads_q,), (1, heads_q), (batch, heads_q)):
@@ -259,12 +287,25 @@ def _checked_slopes(slopes: Tensor, q: Tensor, target: tuple[int, int, int, int]
     return slopes if slopes.ndim == 2 else slopes[None]
 
 
-def _check_lengths(key_lengths: Tensor, seqlen_k: int) -> None:
-    low, high = int(key_lengths.min()), int(key_lengths.max())
-    if low < 0 or high > seqlen_k:
-        raise ValueError(
-            f"key_lengths must lie in [0, seqlen_k] = [0, {seqlen_k}], got values from {low} to {high}"
-        )
+def _checked_lengths(
+    key_lengths: Tensor, device: torch.device, batch: int, stop: int | Tensor, check: bool
+) -> Tensor:
+    """Clamped to [0, stop], the number of keys; a tensor where each sequence has its own."""
+    check_tensor("key_lengths", key_lengths, device)
+    if key_lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"key_lengths must be int32 or int64, got {key_lengths.dtype}")
+    if key_lengths.ndim != 1 or key_lengths.shape[0] not in (1, batch):
+        raise ValueError(f"key_lengths must have shape (batch,) = ({batch},), got {tuple(key_lengths.shape)}")
+    if isinstance(stop, Tensor):
+        clamped = torch.minimum(key_lengths.clamp_min(0), stop)
+        limit = "[0, the sequence's number of keys]"
+    else:
+        clamped = key_lengths.clamp(0, stop)
+        limit = f"[0, seqlen_k] = [0, {stop}]"
+    if check and bool((clamped != key_lengths).any()):
+        low, high = int(key_lengths.min()), int(key_lengths.max())
+        raise ValueError(f"key_lengths must lie in {limit}, got values from {low} to {high}")
+    return clamped.to(torch.int32).expand(batch).contiguous()
 
 
 def _make_seed(q: Tensor, options: AttentionOptions) -> Tensor | None:

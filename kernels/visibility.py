@@ -105,6 +105,8 @@ def owners(spans: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
 
     spans: `Inputs.spans_q` or `spans_k`. What nobody owns has a sequence and a place that are merely valid.
     """
+    if spans.shape[0] == 0:
+        spans = spans.new_zeros(1, 2)
     place = torch.arange(total, dtype=torch.int32, device=spans.device)
     sequence = (torch.searchsorted(spans[:, 0].contiguous(), place, right=True) - 1).clamp_min(0)
     start, stop = spans[sequence].unbind(1)
@@ -130,3 +132,8 @@ def positions(
 def block_of(x: Tensor, rows: slice | Tensor, cols: slice) -> Tensor:
     """The (rows, cols) block of a mask or bias whose axes may have size 1 and then stay so."""
     return x[:, :, rows if x.shape[2] != 1 else slice(None), cols if x.shape[3] != 1 else slice(None)]
+
+
+def entries_of(x: Tensor, entries: slice) -> Tensor:
+    """Batch entries of a tensor whose batch axis may have size 1 and then stays so."""
+    return x if x.shape[0] == 1 else x[entries]
