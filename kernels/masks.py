@@ -19,6 +19,7 @@ from .mask_algebra import Atom, Band, Call, Dense, Mask, described
 from .mask_intervals import Interval, Rows, as_ranges, band, intersected
 from .spec import AttentionSpec, Inputs
 from .validation import check_tensor
+from .visibility import rows_of_keys
 
 ALIGNMENTS = ("bottom-right", "top-left")
 
@@ -286,7 +287,8 @@ def compiled(
     intervals = None if found is None else intersected(found, [band(*within, rows)])
     spec = spec._replace(left=None, right=None)
     if intervals is not None:
-        return inputs._replace(ranges=as_ranges(intervals, rows)), spec
+        inputs = inputs._replace(ranges=as_ranges(intervals, rows))
+        return inputs._replace(key_ranges=rows_of_keys(inputs)), spec
     if packed:
         raise NotImplementedError(
             f"packed sequences take masks that show each query at most two intervals of keys, got {mask!r}"

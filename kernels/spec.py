@@ -71,7 +71,8 @@ class Inputs(NamedTuple):
 
     What a mask object says, with causal and window in it. ranges: int32 (1 or batch, 2 or 4, seqlen_q),
     dense: row i sees keys [ranges[0], ranges[1]) and [ranges[2], ranges[3]), which are disjoint; along the
-    rows no bound decreases; an empty one may end before it starts. Else, of tiles of `TILE` x `TILE` scores,
+    rows no bound decreases; an empty one may end before it starts. key_ranges: the rows that see a key,
+    likewise, (1 or batch, 2 or 4, seqlen_k). Else, of tiles of `TILE` x `TILE` scores,
     tiles: int32 (1 or batch, 1 or heads_q, tiles of rows, tiles of keys), HIDDEN, WHOLE, or a number of bits;
     whole tiles lie inside the score matrix. bits: int32 (numbers, TILE, TILE // 32), bit k of a word is key
     k. visits_q: int32 (..., tiles of rows, 2 + tiles of keys): how many whole tiles and how many others each
@@ -80,7 +81,7 @@ class Inputs(NamedTuple):
     Packed: the batch axis of q, k, v has size 1, and sequences lie one behind the other on the axis seqlen.
     spans_q, spans_k: int32 (sequences, 2), dense: where each starts and stops; inside, ascending, disjoint.
     The other tensors count entries, rows and keys by sequence and from its start, but for ranges,
-    (1, 2 or 4, all rows), whose values alone are counted from the sequence's start.
+    (1, 2 or 4, all rows), and key_ranges, whose values alone are counted from the sequence's start.
     """
 
     q: Tensor
@@ -92,6 +93,7 @@ class Inputs(NamedTuple):
     table: Tensor | None = None
     mask: Tensor | None = None
     ranges: Tensor | None = None
+    key_ranges: Tensor | None = None
     tiles: Tensor | None = None
     bits: Tensor | None = None
     visits_q: Tensor | None = None

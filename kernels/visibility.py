@@ -113,6 +113,28 @@ def owners(spans: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
     return sequence, (place - start).clamp_min(0), (place >= start) & (place < stop)
 
 
+def rows_of_keys(inputs: Inputs) -> Tensor:
+    """`Inputs.key_ranges`: as no bound of ranges decreases along the rows, those of a key are an interval."""
+    ranges, spans_q, spans_k = inputs.ranges, inputs.spans_q, inputs.spans_k
+    assert ranges is not None
+    seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
+    key = torch.arange(seqlen_k, dtype=torch.int32, device=ranges.device).expand(ranges.shape[0], -1)
+    before: Tensor | int = 0
+    if spans_q is not None and spans_k is not None:  # counted on the whole axes, no bound decreases either
+        sequence, _, owned = owners(spans_q, seqlen_q)
+        start, stop = spans_k[sequence].unbind(1)
+        ranges = torch.where(owned, torch.minimum(ranges + start, stop), stop)
+        first = torch.arange(seqlen_q, device=ranges.device) < spans_q[sequence, 0]
+        ranges = torch.where(first, start, ranges)
+        before = spans_q[owners(spans_k, seqlen_k)[0], 0]
+    # row i sees key j if lo[i] <= j < hi[i]
+    bounds = ranges.unflatten(1, (-1, 2)).flip(2).flatten(1, 2).unbind(1)  # of each segment hi, lo
+    counts = [
+        torch.searchsorted(x.contiguous(), key.contiguous(), right=True, out_int32=True) for x in bounds
+    ]
+    return (torch.stack(counts, 1) - before).clamp_min(0)
+
+
 def _all(parts: list[Tensor | None]) -> Tensor | None:
     given = [part for part in parts if part is not None]
     return functools.reduce(torch.logical_and, given) if given else None

@@ -25,7 +25,7 @@ from undivided.conformance.oracle import Results, solve
 from undivided.kernels import philox
 from undivided.kernels.spec import AttentionSpec, Inputs
 from undivided.kernels.triton import softmax, visibility
-from undivided.kernels.triton.config import TABLE, TileConfig, tile_config
+from undivided.kernels.triton.config import TABLE, TABLES_FOR, TileConfig, tile_config
 from undivided.kernels.triton.forward import attention_forward
 from undivided.kernels.triton.launch import dropped_bits
 from undivided.kernels.visibility import visible
@@ -278,9 +278,9 @@ print(len(keys))
 @pytest.mark.parametrize("arch", [*TABLE, "interpreter", "sm_75"])
 def test_every_head_dim_up_to_512_has_tiles(arch: str) -> None:
     """A hole in the table, or a tile tl.dot cannot multiply (hazard S4)."""
-    for kernel, head_dim, dtype, busy in itertools.product(
-        ("forward", "dkdv", "dq", "dbias"), (1, 64, 65, 512), (torch.float16, torch.float32), (False, True)
+    for kernel, head_dim, dtype, load in itertools.product(
+        ("forward", "dkdv", "dq", "dbias"), (1, 64, 65, 512), (torch.float16, torch.float32), TABLES_FOR
     ):
-        config = tile_config(kernel, arch, head_dim, 8, dtype, busy)
+        config = tile_config(kernel, arch, head_dim, 8, dtype, load)
         assert config is not None
         assert min(config.block_q, config.block_k) >= 16

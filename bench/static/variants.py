@@ -52,8 +52,8 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 
 # Who sees whom, as mask objects and packed calls say it: tensors of `Inputs`.
 VISIBLE: dict[str, Callable[[], dict[str, Tensor]]] = {
-    "documents": lambda: {"ranges": _tensor(1, 2, SEQLEN, dtype=torch.int32)},
-    "streaming": lambda: {"ranges": _tensor(1, 4, SEQLEN, dtype=torch.int32)},
+    "documents": lambda: dict.fromkeys(("ranges", "key_ranges"), _tensor(1, 2, SEQLEN, dtype=torch.int32)),
+    "streaming": lambda: dict.fromkeys(("ranges", "key_ranges"), _tensor(1, 4, SEQLEN, dtype=torch.int32)),
     "tiles": lambda: {
         "tiles": _tensor(1, 1, SEQLEN // 128, SEQLEN // 128, dtype=torch.int32),
         "bits": _tensor(16, 128, 4, dtype=torch.int32),

@@ -19,7 +19,7 @@ from ..spec import AttentionSpec, Gradients, Inputs, Needs, like
 from ..visibility import owners
 from . import softmax, tiles
 from .bias_gradient import dbias_kernel
-from .config import Kernel, TileConfig, architecture, does_more_than_softmax, tile_config
+from .config import Kernel, TileConfig, architecture, load_of, tile_config
 from .key_gradients import dkdv_kernel
 from .launch import Launch, broadcast_strides, dense_slopes, dropout_seed, dropped_bits, kept_scale
 from .query_gradient import dq_kernel
@@ -167,7 +167,6 @@ def backward_launches(
         bias, broadcast_strides(bias), mask, broadcast_strides(mask), *dense_slopes(slopes),
         inputs.key_lengths,
     )  # fmt: skip
-    of_rows = (*row_ranges(inputs), listing_of(inputs, inputs.visits_q))
     numbers = (
         dropout_seed(inputs, spec), dropped_bits(spec.dropout_p), kept_scale(spec.dropout_p),
         spec.scale, spec.softcap, heads_kv, heads_q // heads_kv, seqlen_q, seqlen_k,
@@ -177,8 +176,8 @@ def backward_launches(
     def row(kernel: Kernel) -> TileConfig:
         tile = (config or {}).get(kernel)
         if tile is None:
-            busy = does_more_than_softmax(inputs, spec)
-            tile = tile_config(kernel, architecture(q.device), head_dim, head_dim_v, q.dtype, busy)
+            load = load_of(inputs, spec)
+            tile = tile_config(kernel, architecture(q.device), head_dim, head_dim_v, q.dtype, load)
         if tile is None:
             raise NotImplementedError(f"head_dim {head_dim} (v: {head_dim_v}) is larger than any tile")
         return tile
@@ -205,7 +204,8 @@ def backward_launches(
     def over_queries(tile: TileConfig, *outputs: Any) -> Launch:
         programs = heads_q * tiles_to_run(inputs.spans_q, batch, seqlen_q, tile.block_q)
         packing = packing_of(inputs, inputs.spans_q, tile.block_q)
-        return launch(dq_kernel, tile, programs, outputs, of_rows, packing)
+        visible = (*row_ranges(inputs), *key_ranges(inputs), listing_of(inputs, inputs.visits_q))
+        return launch(dq_kernel, tile, programs, outputs, visible, packing)
 
     added = slopes if bias is None else bias
     sums_products = spec.precise and q.element_size() == 2
@@ -235,7 +235,8 @@ def backward_launches(
         shared = entries // n_batches, heads_q // n_heads, n_heads, n_rows, n_cols
         target = (dbias, broadcast_strides(dbias), *shared)
         packing = packing_of(inputs, inputs.spans_q, tile.block_q)
-        launches.append(launch(dbias_kernel, tile, programs, target, of_rows, packing))
+        visible = (*row_ranges(inputs), listing_of(inputs, inputs.visits_q))
+        launches.append(launch(dbias_kernel, tile, programs, target, visible, packing))
     return gradients, launches, delta
 
 

@@ -18,6 +18,8 @@ from .. import evidence
 from ..spec import AttentionSpec, Inputs
 
 Kernel = Literal["forward", "dkdv", "dq", "dbias"]
+Load = Literal["plain", "ranges", "busy", "tiles"]
+"""What a call does beside the softmax: see `load_of`."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,26 @@ BUSY: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
     "gfx942": {"forward": {128: TileConfig(64, 64, 4, 1)}},
 }
 
+# Calls that ask ranges alone, and those that go through lists of tiles, which are busy as well.
+_HOPPER_RANGES: Mapping[Kernel, Mapping[int, TileConfig]] = {"dq": {64: TileConfig(128, 64, 8, 2)}}
+_HOPPER_TILES: Mapping[Kernel, Mapping[int, TileConfig]] = {"dq": {128: TileConfig(128, 32, 8, 2)}}
+RANGES: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
+    "sm_90": _HOPPER_RANGES,
+    "sm_100": _HOPPER_RANGES,
+}
+TILES: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
+    "sm_90": _HOPPER_TILES,
+    "sm_100": _HOPPER_TILES,
+}
+
+# Later tables replace rows of earlier ones.
+TABLES_FOR: Mapping[Load, tuple[Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]], ...]] = {
+    "plain": (),
+    "ranges": (RANGES,),
+    "busy": (BUSY,),
+    "tiles": (BUSY, TILES),
+}
+
 # Rows that need a GPU's word before they may replace those above: compiled, never run. The model
 # expects the most of them, for calls without causal, window or mask.
 CANDIDATES: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
@@ -222,19 +244,19 @@ FLOAT32: Mapping[Kernel, Mapping[int, TileConfig]] = {
 
 @lru_cache(maxsize=256)
 def tile_config(
-    kernel: Kernel, arch: str, head_dim: int, head_dim_v: int, dtype: torch.dtype, busy: bool = False
+    kernel: Kernel, arch: str, head_dim: int, head_dim_v: int, dtype: torch.dtype, load: Load = "plain"
 ) -> TileConfig | None:
     """The row for a kernel, or None where no tile fits (head_dim above 512).
 
     arch: as `architecture` names it; one that is not in the table gets the row of the GPU with the
     least shared memory. float32 takes the rows of `FLOAT32`, or half the tile: its elements are twice
-    as large. busy: as `does_more_than_softmax` says.
+    as large. load: as `load_of` says.
     """
     if arch == "interpreter":
         return INTERPRETER
     rows = TABLE.get(arch, _CONSUMER)[kernel]
-    if busy:
-        rows = {**rows, **BUSY.get(arch, {}).get(kernel, {})}
+    for table in TABLES_FOR[load]:
+        rows = {**rows, **table.get(arch, {}).get(kernel, {})}
     bucket = next((limit for limit in rows if max(head_dim, head_dim_v) <= limit), None)
     if bucket is None:
         return None
@@ -246,11 +268,17 @@ def tile_config(
     return replace(row, block_q=max(16, row.block_q // 2), block_k=max(16, row.block_k // 2), tma=False)
 
 
-def does_more_than_softmax(inputs: Inputs, spec: AttentionSpec) -> bool:
-    """Whether each score costs more than scaling it and taking its exponential."""
-    masks = inputs.mask, inputs.ranges, inputs.tiles
-    extras = *masks, inputs.bias, inputs.slopes, spec.softcap, spec.dropout_p or None
-    return any(extra is not None for extra in extras)
+def load_of(inputs: Inputs, spec: AttentionSpec) -> Load:
+    """ "busy" if each score costs more than scaling it and taking its exponential, a second range of keys
+    among such; "ranges" or "tiles" if that is how the call says who sees whom."""
+    if inputs.tiles is not None:
+        return "tiles"
+    extras = inputs.mask, inputs.bias, inputs.slopes, spec.softcap, spec.dropout_p or None
+    if any(extra is not None for extra in extras):
+        return "busy"
+    if inputs.ranges is None:
+        return "plain"
+    return "ranges" if inputs.ranges.shape[1] == 2 else "busy"
 
 
 def architecture(device: torch.device) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..spec import AttentionSpec, Inputs, like
 from . import softmax, tiles, visibility
-from .config import TileConfig, architecture, does_more_than_softmax, tile_config
+from .config import TileConfig, architecture, load_of, tile_config
 from .launch import (
     Launch,
     broadcast_strides,
@@ -23,6 +23,7 @@ from .launch import (
     positive_scale,
 )
 from .visible import (
+    key_ranges,
     listing_of,
     packing_of,
     position_bounds,
@@ -61,7 +62,7 @@ def _attend(
     bias_ptr, bias_strides, mask_ptr, mask_strides, slope = pairs
     seed, last_dropped, plane = dropout
     batch, head, rows = where
-    lo, hi, n_keys, shift, left, right, limits = window
+    lo, hi, n_keys, shift, left, right, limits, seen_by = window
     visits, tiles_ptr, tiles_strides, bits_ptr, first_row = listing
     HOIST: tl.constexpr = BLOCK_K < 128  # offsets of more keys would be registers that spill
     # Counting tiles, not keys, shows the compiler that start is a multiple of BLOCK_K.
@@ -77,16 +78,17 @@ def _attend(
         if EDGE and visits is not None:
             number = visibility.number_of(tiles_ptr, tiles_strides, batch, head, first_row, start)
             mask = visibility.bits_at(bits_ptr, number, rows, cols)
-        HOLES: tl.constexpr = mask is not None or (EDGE and limits is not None)
         k = tiles.load_rows(k_rows, k_strides, start, lo, hi, BLOCK_K, HEAD_DIM, EDGE, TMA, HOIST)
-        if not HOLES:
+        if mask is None and (limits is None or not EDGE):
             v = tiles.load_rows(v_rows, v_strides, start, lo, hi, BLOCK_K, HEAD_DIM_V, EDGE, TMA, HOIST)
         else:
             # 0 times the NaN of a value that nobody sees is NaN, so such values are not loaded. Keys
             # may be: what they hold stays in a column of scores that is replaced as a whole.
-            seen = visibility.any_row(
-                visibility.element_mask(rows, cols, n_keys, shift, left, right, limits, mask, EDGE)
-            )
+            if mask is not None:
+                ok = visibility.element_mask(rows, cols, n_keys, shift, left, right, None, mask, EDGE)
+                seen = visibility.any_row(ok)
+            else:
+                seen = visibility.seen_by_rows(seen_by, start, n_keys, BLOCK_K)
             end = tl.where(seen, hi, 0)[:, None]
             v = tiles.load_rows(v_rows, v_strides, start, lo, end, BLOCK_K, HEAD_DIM_V, True, TMA, HOIST)
 
@@ -165,6 +167,7 @@ def _attend_to(
         "right",
         "sequences",
         "ranges_step",
+        "key_ranges_step",
     ]
 )
 def _forward_kernel(
@@ -188,6 +191,8 @@ def _forward_kernel(
     lengths_ptr,
     ranges_ptr,
     ranges_step,
+    key_ranges_ptr,
+    key_ranges_step,
     listing,
     packing,
     sequences,
@@ -256,7 +261,7 @@ def _forward_kernel(
         visits, n_whole, n_listed = visibility.visits_of(
             visits_ptr, visits_strides, batch, head, first_row // visibility.TILE
         )
-        window = (0, n_keys, n_keys, shift, None, None, None)
+        window = (0, n_keys, n_keys, shift, None, None, None, None)
         stretch = (0, 0, n_whole * visibility.TILE, n_listed * visibility.TILE)
         state = _attend_to(
             state, q, keys, pairs, dropout, where, window,
@@ -269,7 +274,8 @@ def _forward_kernel(
                 ranges_ptr, ranges_step, batch, queries[1], seqlen_q, rows[:, None], segment
             )
             stretch = visibility.span_of(limits, n_keys, BLOCK_K)
-            window = (stretch[0], stretch[3], n_keys, shift, None, None, limits)
+            seen_by = (key_ranges_ptr, key_ranges_step, batch, keyed[1], seqlen_k, SEGMENTS)
+            window = (stretch[0], stretch[3], n_keys, shift, None, None, limits, seen_by)
             state = _attend_to(
                 state, q, keys, pairs, dropout, where, window, (None, None, None, None, None), stretch,
                 unit, scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, False, TMA, False, PRECISION,
@@ -278,7 +284,7 @@ def _forward_kernel(
         stretch = visibility.visible_keys(
             first_row, n_rows, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
         )  # fmt: skip
-        window = (stretch[0], stretch[3], n_keys, shift, left, right, None)
+        window = (stretch[0], stretch[3], n_keys, shift, left, right, None, None)
         state = _attend_to(
             state, q, keys, pairs, dropout, where, window, (None, None, None, None, None), stretch, unit,
             scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, left is not None, False, TMA, WARP_SPECIALIZE,
@@ -340,8 +346,8 @@ def forward_launch(
     batch, heads_q, seqlen_q, head_dim = q.shape
     heads_kv, seqlen_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     if config is None:
-        busy = does_more_than_softmax(inputs, spec)
-        config = tile_config("forward", architecture(q.device), head_dim, head_dim_v, q.dtype, busy)
+        load = load_of(inputs, spec)
+        config = tile_config("forward", architecture(q.device), head_dim, head_dim_v, q.dtype, load)
         if config is None:
             raise NotImplementedError(f"head_dim {head_dim} (v: {head_dim_v}) is larger than any tile")
     bounds = position_bounds(inputs, spec)
@@ -350,7 +356,7 @@ def forward_launch(
         q, q.stride(), k, k.stride(), v, v.stride(), out, out.stride(), lse, max_logit,
         bias, broadcast_strides(bias), mask, broadcast_strides(mask),
         None if sinks is None else sinks.contiguous(), *dense_slopes(slopes), key_lengths,
-        *row_ranges(inputs), listing_of(inputs, inputs.visits_q),
+        *row_ranges(inputs), *key_ranges(inputs), listing_of(inputs, inputs.visits_q),
         *packing_of(inputs, inputs.spans_q, config.block_q),
         dropout_seed(inputs, spec), dropped_bits(spec.dropout_p), kept_scale(spec.dropout_p),
         positive_scale(spec.scale), spec.softcap,

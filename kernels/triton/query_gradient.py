@@ -41,7 +41,7 @@ def _gather_from_keys(
     bias_ptr, bias_strides, mask_ptr, mask_strides, slope = pairs
     seed, last_dropped, kept_scale, plane = dropout
     batch, head, rows = where
-    n_keys, shift, left, right, limits, lo, full_lo, full_hi, hi = window
+    n_keys, shift, left, right, limits, seen_by, lo, full_lo, full_hi, hi = window
     visits, tiles_ptr, tiles_strides, bits_ptr, first_row = listing
     HOIST: tl.constexpr = max(HEAD_DIM, HEAD_DIM_V) <= 128
     for tile in tl.range(start // BLOCK_K, stop // BLOCK_K):
@@ -61,15 +61,17 @@ def _gather_from_keys(
         if EDGE and visits is not None:
             number = visibility.number_of(tiles_ptr, tiles_strides, batch, head, first_row, first_col)
             mask = visibility.bits_at(bits_ptr, number, rows, cols)
-        HOLES: tl.constexpr = mask is not None or (EDGE and limits is not None)
         if bias_ptr is not None:
             bias = tiles.load_pairs(bias_ptr, bias_strides, batch, head, rows, cols, n_keys, EDGE)
         bias = softmax.added(bias, slope, rows, cols, shift)
         if seed is not None:
             keep = softmax.keep_mask(seed, last_dropped, plane, rows, first_col, BLOCK_K)
         ok = visibility.element_mask(rows, cols, n_keys, shift, left, right, limits, mask, EDGE)
-        if HOLES:
-            seen = visibility.any_row(ok)
+        if mask is not None or (limits is not None and EDGE):
+            if mask is not None:
+                seen = visibility.any_row(ok)
+            else:
+                seen = visibility.seen_by_rows(seen_by, first_col, n_keys, BLOCK_K)
             k = tiles.zero_unless(seen, k)
             v = tiles.zero_unless(seen, v)
 
@@ -131,7 +133,7 @@ def _gather_from_stretch(
 
 @triton.jit(do_not_specialize=[
     "slopes_step", "last_dropped", "heads_kv", "group", "seqlen_q", "seqlen_k", "shift", "left", "right",
-    "sequences", "ranges_step",
+    "sequences", "ranges_step", "key_ranges_step",
 ])  # fmt: skip
 def dq_kernel(
     q_ptr,
@@ -157,6 +159,8 @@ def dq_kernel(
     lengths_ptr,
     ranges_ptr,
     ranges_step,
+    key_ranges_ptr,
+    key_ranges_step,
     listing,
     packing,
     sequences,
@@ -233,7 +237,7 @@ def dq_kernel(
         visits, n_whole, n_listed = visibility.visits_of(
             visits_ptr, visits_strides, batch, head, first_row // visibility.TILE
         )
-        window = (n_keys, shift, None, None, None, 0, 0, 0, n_keys)
+        window = (n_keys, shift, None, None, None, None, 0, 0, 0, n_keys)
         sums = _gather_from_stretch(
             sums, outputs, q, dout, offset, delta, keys, pairs, dropout, where, window,
             (visits, tiles_ptr, tiles_strides, bits_ptr, first_row), n_whole * visibility.TILE,
@@ -244,7 +248,8 @@ def dq_kernel(
         for segment in tl.static_range(SEGMENTS):
             limits = visibility.limits_of(ranges_ptr, ranges_step, batch, asking[1], seqlen_q, rows, segment)
             lo, full_lo, full_hi, hi = visibility.span_of(limits, n_keys, BLOCK_K)
-            window = (n_keys, shift, None, None, limits, lo, full_lo, full_hi, hi)
+            seen_by = (key_ranges_ptr, key_ranges_step, batch, keyed[1], seqlen_k, SEGMENTS)
+            window = (n_keys, shift, None, None, limits, seen_by, lo, full_lo, full_hi, hi)
             sums = _gather_from_stretch(
                 sums, outputs, q, dout, offset, delta, keys, pairs, dropout, where, window,
                 (None, None, None, None, None), lo, hi - (full_hi - full_lo) + BLOCK_K - 1, full_lo, full_hi,
@@ -254,7 +259,7 @@ def dq_kernel(
         lo, full_lo, full_hi, hi = visibility.visible_keys(
             first_row, n_rows, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
         )
-        window = (n_keys, shift, left, right, None, lo, full_lo, full_hi, hi)
+        window = (n_keys, shift, left, right, None, None, lo, full_lo, full_hi, hi)
         sums = _gather_from_stretch(
             sums, outputs, q, dout, offset, delta, keys, pairs, dropout, where, window,
             (None, None, None, None, None), lo, hi - (full_hi - full_lo) + BLOCK_K - 1, full_lo, full_hi,

@@ -131,6 +131,18 @@ def limits_of_keys(
 
 
 @triton.jit
+def seen_by_rows(ranges, first_col, n_keys, BLOCK_K: tl.constexpr):
+    """Which of BLOCK_K keys some row sees, [BLOCK_K]. ranges: what `limits_of_keys` takes, SEGMENTS last."""
+    ranges_ptr, step, batch, first, seqlen, SEGMENTS = ranges
+    lo, hi = limits_of_keys(ranges_ptr, step, batch, first, seqlen, first_col, n_keys, BLOCK_K, 0)
+    seen = lo < hi
+    if SEGMENTS == 2:
+        lo, hi = limits_of_keys(ranges_ptr, step, batch, first, seqlen, first_col, n_keys, BLOCK_K, 1)
+        seen = seen | (lo < hi)
+    return tl.reshape(seen, [BLOCK_K])
+
+
+@triton.jit
 def span_of(limits, stop, BLOCK: tl.constexpr):
     """What `visible_keys` returns, from limits [..., 1] of rows (or keys) that see [lo, hi) below stop."""
     lo, hi = limits

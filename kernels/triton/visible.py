@@ -29,34 +29,8 @@ def row_ranges(inputs: Inputs) -> tuple[Tensor | None, int | None]:
 
 
 def key_ranges(inputs: Inputs) -> tuple[Tensor | None, int | None]:
-    """Rows of each key, the mirror of `row_ranges`: as no bound decreases, they are an interval too."""
-    ranges = inputs.ranges
-    if ranges is None:
-        return None, None
-    seqlen_k, n = inputs.k.shape[2], ranges.shape[1]
-    if ranges.is_meta:
-        return _with_step(ranges.new_empty(ranges.shape[0], n, seqlen_k))
-    keys = torch.arange(seqlen_k, dtype=torch.int32, device=ranges.device).expand(ranges.shape[0], 1, -1)
-    rows_before: Tensor | int = 0
-    if inputs.spans_q is not None:  # counted from the start of all keys, bounds never decrease here either
-        assert inputs.spans_k is not None
-        ranges = ranges + _starts(inputs.spans_k, inputs.spans_q, ranges.shape[2])
-        rows_before = _starts(inputs.spans_q, inputs.spans_k, seqlen_k)
-    mirrored = []
-    for lo, hi in zip(ranges.unbind(1)[::2], ranges.unbind(1)[1::2], strict=True):
-        # row i sees key j if lo[i] <= j < hi[i]
-        mirrored += [
-            torch.searchsorted(x.contiguous(), keys[:, 0].contiguous(), right=True, out_int32=True)
-            for x in (hi, lo)
-        ]
-    return _with_step((torch.stack(mirrored, 1) - rows_before).contiguous())
-
-
-def _starts(spans: Tensor, by: Tensor, total: int) -> Tensor:
-    """Start of the span that belongs to each place of a packed axis with spans `by`; int32 (total,)."""
-    place = torch.arange(total, dtype=torch.int32, device=spans.device)
-    sequence = (torch.searchsorted(by[:, 0].contiguous(), place, right=True) - 1).clamp_min(0)
-    return spans[sequence, 0]
+    """Rows of each key, the mirror of `row_ranges`."""
+    return _with_step(inputs.key_ranges)
 
 
 def _with_step(x: Tensor | None) -> tuple[Tensor | None, int | None]:
