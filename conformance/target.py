@@ -31,7 +31,8 @@ class Capabilities:
     `undivided.Mask`. lse: it returns one; lse_gradient: which is differentiable. dropout: with an int seed;
     the elements it drops are those of this package (`same_dropout`) or its own. empty: sizes of 0.
     any_bias_dtype: bias may have another float dtype than q. precise: if asked, no rounding of out reaches
-    backward's delta. deterministic: the same call gives the same bits. batch_invariant: with
+    backward's delta. double_backward, jvp: gradients are differentiable, and forward-mode AD works.
+    Whoever claims neither may refuse. deterministic: the same call gives the same bits. batch_invariant: with
     deterministic="batch" those of a batch entry depend on no other one, nor on its place. compiles: it can be
     traced, with fake tensors too. arithmetic: see `budget`.
     """
@@ -70,6 +71,8 @@ class Capabilities:
     precise: bool = False
     lse: bool = False
     lse_gradient: bool = False
+    double_backward: bool = False
+    jvp: bool = False
     deterministic: bool = True
     batch_invariant: bool = False
     compiles: bool = False

@@ -385,10 +385,13 @@ UNSEEN = (
 
 
 def planted(bug: str | None = None) -> Target:
-    """The kernel as a target that claims everything; without a bug the correct one."""
+    """The kernel as a target that claims everything but to be differentiated twice; without a bug the correct
+    one."""
     kernel = BUGS[bug].kernel if bug else Flash()
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    return Target(bug or "flash model", kernel, replace(EVERYTHING, dtypes=dtypes))
+    return Target(
+        bug or "flash model", kernel, replace(EVERYTHING, dtypes=dtypes, double_backward=False, jvp=False)
+    )
 
 
 def flash_model(problem: Problem, bug: str | None = None) -> Results:

@@ -278,7 +278,7 @@ def penalty(q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
 
 
 def test_gradient_penalty() -> None:
-    """The penalty's own gradient: it goes through dout, and through q, k, v as backward reads them."""
+    """The penalty's gradient goes through dout, and through q, k, v as backward reads them (hazard A3)."""
     leaves = leaf(2, 4, 5, 4), leaf(2, 2, 7, 4), leaf(2, 2, 7, 3)
     ours, theirs = (torch.autograd.grad(penalty(*leaves, impl), leaves) for impl in ("fallback", "reference"))
     torch.testing.assert_close(ours, theirs)

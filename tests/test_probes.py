@@ -187,3 +187,48 @@ def test_the_yardstick_takes_every_case() -> None:
             problem, evaluate(ours("fallback"), problem), expected(problem), Capabilities(lse_gradient=True)
         )
         assert all(ratio <= PASSES[output] for output, ratio in ratios.items()), (case.name, ratios)
+
+
+class _DetachedBackward(torch.autograd.Function):
+    """Saves what autograd cannot trace back to its inputs: the second derivative is there, and wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, *x: Tensor) -> Tensor:
+        ctx.inputs = [y.detach() for y in x]
+        return F.scaled_dot_product_attention(*x)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            x = [y.clone().requires_grad_() for y in ctx.inputs]
+            q, k, v = x
+            out = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1) @ v
+            return torch.autograd.grad(out, x, dout, create_graph=True)
+
+
+@torch.library.custom_op("undivided_tests::attention", mutates_args=())
+def _operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _backward_of_operator(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        x = [y.detach().requires_grad_() for y in ctx.saved_tensors]
+        return torch.autograd.grad(F.scaled_dot_product_attention(*x), x, dout)
+
+
+_operator.register_autograd(
+    _backward_of_operator, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
+
+def test_silently_wrong_second_derivatives_are_named() -> None:
+    """A gradient penalty whose gradient is wrong, and tangents of zero (hazard A3): nobody claimed either,
+    and refusing would have been right."""
+    words = found(target(_DetachedBackward.apply))
+    assert words["second derivatives"].found == "silently wrong: through dout alone"
+    assert words["second derivatives"].ok is False
+    assert words["forward-mode AD"].ok, "it is refused"
+    words = found(target(lambda q, k, v: _operator(q, k, v)))
+    assert words["forward-mode AD"].found == "silently wrong: zero"
+    assert words["forward-mode AD"].ok is False

@@ -6,7 +6,7 @@ Also which key head a query head reads, forward: the other half of grouped-query
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from ..cases import Problem
+from ..guard import RAISABLE
 from .subject import Probe, Subject, recognised
 
 SHARED = "query heads 0, 1 share key head 0; 2, 3 share key head 1"
 INTERLEAVED = "interleaved: query heads 0, 2 share key head 0; 1, 3 share key head 1"
+
+RIGHT, REFUSED = "right", "right, or refused"
 
 UNROUNDED = "the mean of dP, unrounded"
 
@@ -40,6 +43,12 @@ def probes(subject: Subject) -> Iterator[Probe]:
     narrow = [dtype for dtype in claims.dtypes if dtype.itemsize == 2]
     if claims.precise and narrow:
         yield Probe("delta with precise is", UNROUNDED, partial(_precise, subject, narrow[0]))
+    for question, claimed, look in (
+        ("second derivatives", claims.double_backward, _twice),
+        ("forward-mode AD", claims.jvp, _forward_mode),
+    ):
+        promised = RIGHT if claimed else REFUSED
+        yield Probe(question, promised, partial(_right_or_refused, subject, promised, look))
     if claims.bias_gradient:
         yield Probe(
             "the gradient of a bias that is shared", "summed over the axes it lacks", partial(_bias, subject)
@@ -124,6 +133,60 @@ def _precise(subject: Subject, dtype: torch.dtype) -> str:
     assert dk is not None
     found = dk[:, :, 0, 0].float() / (-2 * subject.scale * eps)
     return recognised(found, {UNROUNDED: 1.0, "made from the rounded out": 0.0})
+
+
+def _right_or_refused(subject: Subject, promised: str, look: Callable[[Subject], str]) -> str:
+    """What a look says; where nothing is claimed an exception, if not of the call itself, is as good."""
+    if promised == RIGHT:
+        return look(subject)
+    call, q, _ = _one_score(subject)
+    call(q)
+    try:
+        found = look(subject)
+    except RAISABLE:
+        return REFUSED
+    return REFUSED if found == RIGHT else found
+
+
+def _one_score(subject: Subject) -> tuple[Callable[[Tensor], Tensor], Tensor, float]:
+    """out of queries whose score of the second key exceeds the first's by 1, those queries, and the slope of
+    that score: out is its sigmoid, in the first channel."""
+    problem = _uniform(subject)
+    problem.k[:, :, 1, 0] = 4
+    slope = 4 * subject.scale
+    problem.q[..., 0] = 1 / slope
+
+    def call(q: Tensor) -> Tensor:
+        return subject.target.attend(problem._replace(q=q))[0]
+
+    return call, problem.q, slope
+
+
+_SIGMOID = 1 / (1 + math.exp(-1))
+_FIRST, _SECOND = _SIGMOID * (1 - _SIGMOID), _SIGMOID * (1 - _SIGMOID) * (1 - 2 * _SIGMOID)
+
+
+def _twice(subject: Subject) -> str:
+    """The gradient of a gradient that reads q itself, and dout, which follows q too."""
+    call, q, slope = _one_score(subject)
+    q.requires_grad_()
+    loss = call(q)[..., 0].square().sum() / 2
+    (dq,) = torch.autograd.grad(loss, q, create_graph=True)
+    (ddq,) = torch.autograd.grad(dq[..., 0].sum(), q)
+    words = {
+        RIGHT: _FIRST**2 + _SIGMOID * _SECOND,
+        "silently wrong: through dout alone": _FIRST**2,
+        "silently wrong: zero": 0.0,
+    }
+    return recognised(ddq[..., 0] / slope**2, words)
+
+
+def _forward_mode(subject: Subject) -> str:
+    call, q, slope = _one_score(subject)
+    tangent = torch.zeros_like(q)
+    tangent[..., 0] = 1
+    _, moved = torch.func.jvp(call, (q,), (tangent,))
+    return recognised(moved[..., 0] / slope, {RIGHT: _FIRST, "silently wrong: zero": 0.0})
 
 
 def _bias(subject: Subject) -> str:
