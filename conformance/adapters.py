@@ -41,7 +41,8 @@ def ours(impl: str, native: bool | None = None) -> Target:
         return out, lse
 
     claims = replace(EVERYTHING, dtypes=_dtypes(impl, native), arithmetic=ARITHMETIC[impl])
-    claims = replace(claims, **dict.fromkeys(_denied(impl), False))
+    denied: dict[str, Any] = dict.fromkeys(_denied(impl), False)
+    claims = replace(claims, **denied)
     claims = replace(claims, max_head_dim=dispatch.MAX_HEAD_DIM if impl == "triton" else sys.maxsize)
     if impl == "triton":
         # The interpreter truncates where it stores bfloat16: the gradient of such a bias beside others.

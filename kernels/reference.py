@@ -108,8 +108,9 @@ def _entries(inputs: Inputs, spec: AttentionSpec) -> Iterator[tuple[Inputs, Atte
     """Each batch entry as a problem of its own. What entries share gets a gradient from each: wide, to be
     rounded once."""
     wide = torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
-    shared = {name: getattr(inputs, name) for name in ("bias", "sinks", "slopes", "table")}
-    inputs = inputs._replace(**{name: None if x is None else x.to(wide) for name, x in shared.items()})
+    shared = inputs.bias, inputs.sinks, inputs.slopes, inputs.table
+    bias, sinks, slopes, table = (None if x is None else x.to(wide) for x in shared)
+    inputs = inputs._replace(bias=bias, sinks=sinks, slopes=slopes, table=table)
     for i in range(inputs.q.shape[0]):
         yield of_entries(inputs, slice(i, i + 1)), spec._replace(first_entry=spec.first_entry + i)
 

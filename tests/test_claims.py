@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from undivided.conformance import Target, target
-from undivided.conformance.cases import BIASES, LAYOUTS, MASKS
+from undivided.conformance.patterns import BIASES, LAYOUTS, MASKS
 from undivided.conformance.questions import questions
 from undivided.conformance.target import EVERYTHING, ClaimError
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from undivided.conformance.adapters import ARITHMETIC, ours
 from undivided.conformance.budget import assert_within_budget
-from undivided.conformance.cases import BIASES, CASES, LAYOUTS, MASKS, Case, Extra
+from undivided.conformance.cases import CASES, Case, Extra
 from undivided.conformance.combinations import combinations
 from undivided.conformance.evaluation import evaluate, expected
+from undivided.conformance.patterns import BIASES, LAYOUTS, MASKS
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 NATIVE = torch.cuda.is_available()
