@@ -12,6 +12,7 @@ from torch import Tensor
 from . import dispatch, evidence, nested
 from .flops import backward_flops, forward_flops, lengths
 from .functional import prepare, with_options
+from .mask_work import left_by_mask
 from .sequences import Sequences
 from .spec import IMPLEMENTATIONS, AttentionOptions, AttentionSpec, Inputs
 from .validation import check_want
@@ -36,10 +37,11 @@ class Explanation:
     chosen: implementation that would run; None where an order cannot be followed.
     reasons: for each implementation, why it cannot or does not run; empty for the chosen one.
     evidence: what is known of the chosen implementation on this kind of device.
-    flops_forward, flops_backward: useful operations, counted from the scores causal and window leave.
+    flops_forward, flops_backward: useful operations, counted from the scores that causal, window and a mask
+    object leave, whose values are read where there are any.
     bytes_forward: size of the tensors a forward must read and write once.
     tiles, tiles_visited: tiles of 128 x 128 scores per batch entry and head, of all packed sequences and per
-    head, and how many causal and window leave to visit.
+    head, and how many these leave to visit.
     """
 
     call: str
@@ -99,6 +101,7 @@ def explain(
     order = options.get("impl") or dispatch.DEFAULT_IMPL
     reasons = {name: dispatch.unsupported_reasons(name, inputs, spec) for name in IMPLEMENTATIONS}
     chosen = _chosen(order, inputs, spec)
+    left = left_by_mask(inputs)
     sizes = lengths(inputs) if sequences is not None else lengths(inputs)[:1]
     return Explanation(
         call=_describe(inputs, spec),
@@ -107,11 +110,11 @@ def explain(
             name: found or [_passed_over(name, order)] for name, found in reasons.items() if name != chosen
         },
         evidence=_evidence(chosen, inputs.q.device),
-        flops_forward=forward_flops(inputs, spec),
-        flops_backward=backward_flops(inputs, spec),
+        flops_forward=round(forward_flops(inputs, spec) * (1.0 if left is None else left.share)),
+        flops_backward=round(backward_flops(inputs, spec) * (1.0 if left is None else left.share)),
         bytes_forward=_bytes(inputs),
         tiles=sum(-(-seqlen_q // TILE) * -(-seqlen_k // TILE) for seqlen_q, seqlen_k in sizes),
-        tiles_visited=sum(_tiles_visited(spec, *both) for both in sizes),
+        tiles_visited=sum(_tiles_visited(spec, *both) for both in sizes) if left is None else left.tiles,
     )
 
 

@@ -359,6 +359,16 @@ def test_weights_and_explain_take_masks() -> None:
     for mask, words in ((STREAMING, "intervals"), (of_heads, "tiles")):
         assert explain(q, k, v, mask=mask).chosen == "fallback"
         assert words in explain(meta, meta, meta, mask=mask).call
+    x = torch.empty(2, 2, 1000, 8)
+    full = explain(x, x, x)
+    for mask in (STREAMING, Documents(torch.arange(1000) // 130) & Causal(), of_heads):
+        explained = explain(x, x, x, mask=mask)
+        density = mask.density(1000, 1000, batch=2, heads=2)
+        assert explained.flops_forward == pytest.approx(density * full.flops_forward, rel=1e-6)
+        assert explained.flops_backward == pytest.approx(density * full.flops_backward, rel=1e-6)
+        tiles = mask._tiles(mask._call(1000, 1000, 2, 2, None)).tiles
+        visited = int((tiles != HIDDEN).sum()) / tiles.shape[:2].numel()
+        assert visited <= explained.tiles_visited <= visited + 8
 
 
 def test_a_predicate_is_asked_once() -> None:
