@@ -185,7 +185,7 @@ def _forward_mode(subject: Subject) -> str:
     call, q, slope = _one_score(subject)
     tangent = torch.zeros_like(q)
     tangent[..., 0] = 1
-    _, moved = torch.func.jvp(call, (q,), (tangent,))
+    moved = torch.func.jvp(call, (q,), (tangent,))[1]
     return recognised(moved[..., 0] / slope, {RIGHT: _FIRST, "silently wrong: zero": 0.0})
 
 
