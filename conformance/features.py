@@ -96,22 +96,8 @@ def _statistic(name: str) -> Callable[[str], object]:
     return lambda impl: attention(*_qkv(), want=(name,), impl=impl)
 
 
-def _twice(impl: str) -> Tensor:
-    q, k, v = (x.requires_grad_() for x in _qkv())
-    (dq,) = torch.autograd.grad(attention(q, k, v, impl=impl).sum(), q, create_graph=True)
-    (ddq,) = torch.autograd.grad(dq.sum(), q)
-    return ddq
-
-
-def _forward_mode(impl: str) -> object:
-    q, k, v = _qkv()
-    return torch.func.jvp(lambda q: attention(q, k, v, impl=impl), (q,), (torch.ones_like(q),))
-
-
 CALLS: dict[str, Callable[[str], object]] = {
     **{f'`want=("{name}",)`': _statistic(name) for name in STATISTICS},
-    "second derivatives": _twice,
-    "forward mode": _forward_mode,
 }
 """What `Capabilities` do not say; an implementation that cannot raises NotImplementedError."""
 
