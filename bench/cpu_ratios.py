@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ..conformance.cases import Case
 from ..extras import missing
-from ..kernels.functional import attention, attention_varlen
+from ..kernels.functional import attention, attention_varlen, prepare
+from ..kernels.masks import Causal, Documents
 from .environment import environment
 from .memory import STATUS, peak
 from .peers import OURS
@@ -121,6 +122,18 @@ def measure_decode_without_bf16_instructions() -> Ratio:
     return Ratio(name, ratio.measured, ratio.unit, 8.0, ratio.ours_ms, ratio.theirs_ms)
 
 
+def measure_mask(budget_s: float = 5.0) -> Ratio:
+    """Making what a call needs of a mask object."""
+    q = torch.zeros(1, 1, 1, 64).expand(1, 8, LONGEST, 64)
+    documents = torch.arange(LONGEST) // 700
+
+    def make() -> object:
+        return prepare(q, q, q, {"mask": Documents(documents) & Causal()})
+
+    made_ms = spread(in_turns({"ours": make}, budget_s=budget_s)["ours"]).median * 1e3
+    return Ratio(f"mask of documents, causal, {LONGEST}", made_ms, "ms", 50.0)
+
+
 def measure_memory(width: int) -> Ratio:
     """Peak memory of a training step with a window, above a short one's (Linux)."""
     name = f"memory, forward + backward, window {width} of {LONGEST}, fp32"
@@ -136,6 +149,7 @@ def measure_all(budget_s: float = 30.0) -> Iterator[tuple[str, Callable[[], Rati
     for pair in pairs():
         yield pair.name, partial(measure, pair, budget_s)
     yield "decoding without bf16 instructions", measure_decode_without_bf16_instructions
+    yield "mask of documents", measure_mask
     if STATUS.exists():
         for width in (256, 1024):
             yield f"memory, window {width}", partial(measure_memory, width)

@@ -13,7 +13,7 @@ SAME_MACHINE = ("cpu", "threads", "gpu", "torch", "triton")
 """What two files must agree on for their times to be compared."""
 
 Status = Literal["timed", "wrong", "n/a"]
-Unit = Literal["times as fast", "us more", "MiB"]
+Unit = Literal["times as fast", "us more", "MiB", "ms"]
 
 
 class ResultsError(ValueError):

@@ -116,7 +116,6 @@ HAZARDS = {
 ELSEWHERE = {
     "N11": "no fp8",
     "N24": "no function of a caller's runs inside a kernel",
-    "S3": "packed sequences are not public yet",
     "L5": "a GPU: the interpreter has no alignment",
     "L14": "no out=",
     "D3": "a GPU",
@@ -135,7 +134,6 @@ ELSEWHERE = {
     "T8": "no autotuning at a call",
     "P1": "no pages",
     "P2": "no pages",
-    "P3": "packed sequences are not public yet",
     "P4": "no plans",
     "P5": "no pages",
     "P7": "no number of q, k, v or bias becomes an index",

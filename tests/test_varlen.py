@@ -122,7 +122,7 @@ OPTIONS: dict[str, Callable[[int | None], dict[str, Any]]] = {
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_bit_for_bit_as_each_sequence_alone(impl: str, option: str) -> None:
-    """A sequence that sees its neighbour, stands in its place or has its mask; a gradient that is lost."""
+    """A sequence that sees its neighbour, stands in its place or has its mask; an empty one (hazard S3)."""
     fixed = {"impl": impl, "deterministic": "batch"}
     leaves, shared = qkv(), [LEAVES[option]] if option in LEAVES else []
     found = together(*leaves, **OPTIONS[option](None), **fixed)
@@ -159,17 +159,24 @@ def test_drops_what_it_drops_padded(impl: str, causal: bool) -> None:
         torch.testing.assert_close(found[cu[i] : cu[i + 1]], expected[i, :n])
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("option", ["plain", "causal", "sinks"])
-def test_tokens_of_no_sequence_give_and_take_nothing(impl: str, option: str) -> None:
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "triton"])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"sinks": SINKS.detach().float()}], ids=str)
+def test_tokens_of_no_sequence_give_and_take_nothing(
+    impl: str, options: dict[str, Any], device: torch.device
+) -> None:
     """Rows before the first sequence, past the last or past a limit: NaN in them, or a sink in their lse."""
-    options = OPTIONS[option](None) | {"impl": impl, "want": ("lse",)}
+    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+    options |= {"impl": impl, "want": ("lse",)}
     owned = torch.zeros(20, dtype=torch.bool)
     owned[4:8] = True
-    sizes = ((20, 4, 8), (20, 2, 8), (20, 2, 6))
-    clean = [randn(*size, seed=i).requires_grad_() for i, size in enumerate(sizes)]
-    dirty = [torch.where(owned[:, None, None], x, torch.nan).detach().requires_grad_() for x in clean]
-    out, lse = attention_varlen(*dirty, torch.tensor([4, 15]), max_seqlen_q=4, **options)[:2]
+    sizes = ((20, 4, 16), (20, 2, 16), (20, 2, 16))
+    clean = [randn(*size, seed=i).float() for i, size in enumerate(sizes)]
+    clean, dirty = (
+        [x.to(device).requires_grad_() for x in tensors]
+        for tensors in (clean, [torch.where(owned[:, None, None], x, torch.nan) for x in clean])
+    )
+    cu = torch.tensor([4, 15], device=device)
+    out, lse = attention_varlen(*dirty, cu, max_seqlen_q=4, **options)[:2]
     assert (out[8:] == 0.0).all()
     assert (out[:4] == 0.0).all()
     assert (lse[8:] == -torch.inf).all()
@@ -178,7 +185,7 @@ def test_tokens_of_no_sequence_give_and_take_nothing(impl: str, option: str) -> 
     spoiled[4:8] = 1.0
     found = torch.autograd.grad((out, lse), dirty, (spoiled, spoiled[..., 0]))
     own = [x[4:8].detach().requires_grad_() for x in clean]
-    results = attention_varlen(*own, torch.tensor([0, 4]), **options)[:2]
+    results = attention_varlen(*own, torch.tensor([0, 4], device=device), **options)[:2]
     expected = torch.autograd.grad(results, own, tuple(map(torch.ones_like, results)))
     assert torch.equal(out[4:8], results[0])
     for x, y in zip(found, expected, strict=True):
@@ -197,12 +204,14 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("values", WRONG.values(), ids=WRONG)
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_wrong_cu_seqlens_reach_nothing_outside(impl: str, values: list[int]) -> None:
-    """A span that starts before the tensors or ends after them; rows that are left as they were allocated."""
-    cu = torch.tensor(values)
-    tensors = [randn(20, heads, 8, seed=heads) for heads in (4, 2, 2)]
+INTERPRETED = [("triton", "decreasing"), ("triton", "huge")]  # takes seconds each
+
+
+@pytest.mark.parametrize(("impl", "wrong"), [*itertools.product(IMPLEMENTATIONS, WRONG), *INTERPRETED])
+def test_wrong_cu_seqlens_reach_nothing_outside(impl: str, wrong: str, device: torch.device) -> None:
+    """Rows before the tensors or after them, and rows that are left as they were allocated (hazard P3)."""
+    cu = torch.tensor(WRONG[wrong], device=device)
+    tensors = [randn(20, heads, 16, seed=heads).to(device, torch.float32) for heads in (4, 2, 2)]
     given = Watch()
     leaves = [given.over(fenced(x)).requires_grad_() for x in tensors]
     with poisoned_allocations() as allocated:
