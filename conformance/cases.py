@@ -338,7 +338,7 @@ def _numbers() -> list[Case]:
 
 
 def _packed() -> list[Case]:
-    """Packed sequences: lengths that no tile divides, none at either end and in the middle, every option."""
+    """Packed sequences: lengths that no tile divides, none at either end and in the middle."""
     lengths = {
         "alone": ((33, 33),),
         "alike": ((17, 17),) * 3,
@@ -347,10 +347,6 @@ def _packed() -> list[Case]:
     cases = [Case(f"packed {name}", packed=x) for name, x in lengths.items()]
     cases += [replace(case, name=f"causal {case.name}", causal=True) for case in cases]
     ragged, square = OPTIONS["packed"]["packed"], lengths["square"]
-    others = {
-        name: x for name, x in OPTIONS.items() if name not in ("batch", "rectangular", "packed", "predicate")
-    }
-    cases += [Case(f"packed {name}", **(fields | OPTIONS["packed"])) for name, fields in others.items()]
     cases += [Case(f"packed object {x}", packed=ragged, mask_object=x) for x in ("prefix", "streaming")]
     cases += [Case("packed layout bshd", packed=ragged, layout="bshd")]
     cases += [Case("packed gqa+window+bias", packed=ragged, heads_q=4, window=(9, 0), bias=Extra(axes="bhk"))]
