@@ -122,6 +122,7 @@ class _Judge:
             v=problem.v[-1:, -1:],
             dout=problem.dout[-1:, -self.heads :],
             dlse=problem.dlse[-1:, -self.heads :],
+            dentropy=problem.dentropy[-1:, -self.heads :],
             options=options,
         )
         self.oracle = expected(self.part, NO_LSE)

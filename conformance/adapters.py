@@ -11,10 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..kernels import dispatch
-from ..kernels.spec import DTYPES
+from ..kernels.spec import DTYPES, STATISTICS, AttentionStats
 from . import library_adapters, multihead_adapters, torch_adapters
 from .budget import Arithmetic
 from .cases import OPTIONS, Case, Problem
@@ -35,10 +34,9 @@ def ours(impl: str, native: bool | None = None) -> Target:
     """
     native = torch.cuda.is_available() if native is None else native
 
-    def attend(problem: Problem) -> tuple[Tensor, Tensor | None]:
-        inputs, spec = problem.prepared()
-        out, lse, *_ = dispatch.run(inputs, spec, dispatch.choose(impl, inputs, spec))
-        return out, lse
+    def attend(problem: Problem) -> AttentionStats:
+        inputs, spec = problem.prepared(STATISTICS)
+        return dispatch.run(inputs, spec, dispatch.choose(impl, inputs, spec), STATISTICS)
 
     claims = replace(EVERYTHING, dtypes=_dtypes(impl, native), arithmetic=ARITHMETIC[impl])
     denied: dict[str, Any] = dict.fromkeys(_denied(impl), False)

@@ -37,8 +37,8 @@ FULL_PRECISION = {
 """C where nothing is narrower than the accumulation (float32, float64). Sums of n terms have no useful
 a-priori bound, so these are measured ones over the distributions of this room, rounded up."""
 
-LSE = 4e-7 * 2**24
-"""C of lse, which is never rounded to 16 bits, in units of the accumulation's roundoff."""
+STATISTICS = {"lse": 4e-7 * 2**24, "max_logit": 16.0, "entropy": 4.0, "key_mass": 4.0}
+"""C of what is never rounded to 16 bits, in units of the accumulation's roundoff; measured, rounded up."""
 
 SCORE_ERRORS = 8.0
 """What a score and a sum in float32 may be wrong by, in roundoffs, where C counts 16-bit roundings."""
@@ -107,8 +107,8 @@ def _budget(name: str, oracle: Oracle, arithmetic: Arithmetic) -> tuple[float, T
     accumulation = ACCUMULATION_ROUNDOFF[oracle.dtype]
     cond, score_cond = getattr(oracle.cond, name), getattr(oracle.score_cond, name)
     errors = accumulation * (cond + score_cond)
-    if name == "lse":
-        return LSE, errors
+    if name in STATISTICS:
+        return STATISTICS[name], errors
     if ROUNDOFF[oracle.dtype] == accumulation:
         return FULL_PRECISION[name], errors
     return ROUNDINGS[arithmetic], ROUNDOFF[oracle.dtype] * cond + SCORE_ERRORS * errors

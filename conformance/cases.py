@@ -7,7 +7,7 @@ device. Tests, benchmarks and the check of other people's kernels read the same 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -67,6 +67,7 @@ class Case:
     dropout_p: float = 0.0
     precise: bool = False
     batch_invariant: bool = False
+    entropy: bool = False
     scale: float | None = None
     layout: str = "bhsd"
     distribution: str = "randn"
@@ -142,7 +143,12 @@ class Case:
             others = options.get("bias")
             others = others if isinstance(others, tuple) else () if others is None else (others,)
             options["bias"] = (*others, relative) if others else relative
-        return Problem(q, k, v, options, dout, dlse.to(device), self.top_left, sequences)
+        dentropy = torch.zeros_like(dlse)
+        if self.entropy:
+            dentropy = torch.randn(dlse.shape, generator=generator, dtype=dlse.dtype)
+            dout, dlse = torch.zeros_like(dout), torch.zeros_like(dlse)
+        grads = dout, dlse.to(device), dentropy.to(device)
+        return Problem(q, k, v, options, *grads, self.top_left, sequences)
 
 
 class Problem(NamedTuple):
@@ -157,6 +163,7 @@ class Problem(NamedTuple):
     options: AttentionOptions
     dout: Tensor
     dlse: Tensor
+    dentropy: Tensor
     top_left: bool = False
     sequences: Sequences | None = None
 
@@ -165,11 +172,11 @@ class Problem(NamedTuple):
         q, k, v = (x[0].transpose(0, 1) for x in self[:3])
         return q, k, v
 
-    def prepared(self) -> tuple[Inputs, AttentionSpec]:
+    def prepared(self, want: Collection[str] = ("lse",)) -> tuple[Inputs, AttentionSpec]:
         """The same as implementations see it."""
         if self.sequences is not None:
-            return prepare(*self.packed(), self.options, sequences=self.sequences)
-        return prepare(self.q, self.k, self.v, self.options, top_left=self.top_left)
+            return prepare(*self.packed(), self.options, sequences=self.sequences, want=want)
+        return prepare(self.q, self.k, self.v, self.options, top_left=self.top_left, want=want)
 
     def given_options(self) -> AttentionOptions:
         """The options that differ from their defaults; a seed only where there is dropout."""
@@ -187,9 +194,9 @@ class Problem(NamedTuple):
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Problem:
         """The same problem with change(x) for each of its tensors x."""
         options = {name: _changed(x, change) for name, x in self.options.items()}
-        q, k, v, dout, dlse = map(change, (*self[:3], self.dout, self.dlse))
+        q, k, v, *grads = map(change, (*self[:3], self.dout, self.dlse, self.dentropy))
         sequences = None if self.sequences is None else Sequences(*_changed(tuple(self.sequences), change))
-        return Problem(q, k, v, cast(AttentionOptions, options), dout, dlse, self.top_left, sequences)
+        return Problem(q, k, v, cast(AttentionOptions, options), *grads, self.top_left, sequences)
 
     def of_entries(self, entries: list[int]) -> Problem:
         """The problem of some batch entries, in that order."""
@@ -206,8 +213,8 @@ class Problem(NamedTuple):
         lengths = self.options.get("key_lengths")
         if lengths is not None:
             options["key_lengths"] = lengths[entries]
-        q, k, v, dout, dlse = (x[entries] for x in (*self[:3], self.dout, self.dlse))
-        return Problem(q, k, v, cast(AttentionOptions, options), dout, dlse, self.top_left)
+        q, k, v, *grads = (x[entries] for x in (*self[:3], self.dout, self.dlse, self.dentropy))
+        return Problem(q, k, v, cast(AttentionOptions, options), *grads, self.top_left)
 
     def has_empty_rows(self) -> bool:
         """Whether some query sees no key, or only scores of -inf."""
@@ -263,6 +270,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "alibi": {"alibi": "h"},
     "relative": {"relative": (8, True)},
     "dropout": {"dropout_p": 0.3},
+    "entropy": {"entropy": True},
     "precise": {"precise": True, "distribution": "mean_v"},
     "scale": {"scale": -0.4},
     "gqa": {"heads_q": 4},

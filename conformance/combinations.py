@@ -78,6 +78,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "precise": {"rounded delta": {}, "precise": {"precise": True}},
     "batch_invariant": {"any bits": {}, "batch invariant": {"batch_invariant": True}},
+    "gradients": {"of out and lse": {}, "of entropy": {"entropy": True}},
     "numbers": {
         "randn": {},
         "outliers": {"distribution": "outlier_channel"},

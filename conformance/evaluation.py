@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.biases import ALiBi, RelativeBias
+from ..kernels.spec import STATISTICS
 from .cases import Problem
 from .guard import require
 from .oracle import Oracle, Results, solve
@@ -41,22 +42,29 @@ def evaluate(target: Target, problem: Problem) -> Results:
             for x in several
         )
         options = {**options, "bias": fresh if len(fresh) > 1 else fresh[0]}
-    out, lse = target.attend(problem._replace(q=q, k=k, v=v, options=options))
+    stats = target.statistics(problem._replace(q=q, k=k, v=v, options=options))
+    # what is not claimed may be anything, say weights
+    claimed = {"out", *(name for name in STATISTICS if getattr(claims, name))}
+    given = {name: x for name, x in stats._asdict().items() if x is not None and name in claimed}
     rows = tuple(q.shape[:3])
-    _require_tensor("out", out, (*rows, v.shape[3]))
-    lse = lse if claims.lse else None  # what is not claimed may be anything, say weights
-    if lse is not None:
-        _require_tensor("lse", lse, rows)
-    results = Results(out.detach(), None if lse is None else lse.detach())
+    shapes = {"out": (*rows, v.shape[3]), "key_mass": (*rows[:2], k.shape[2])}
+    for name, x in given.items():
+        _require_tensor(name, x, shapes.get(name, rows))
+    results = {name: x.detach() for name, x in given.items()}
     if not claims.backward:
-        return results
+        return Results(**results)
+    out = stats.out
     require(out.requires_grad, "out carries no gradient")
     outputs, grads = [out], [problem.dout]
-    if claims.lse_gradient:
-        require(lse is not None, "a gradient of lse is claimed, and no lse returned")
-        assert lse is not None
-        require(lse.requires_grad, "a gradient of lse is claimed, and lse carries none")
-        outputs, grads = [out, lse], [problem.dout, problem.dlse]
+    for name, differentiable, grad in (
+        ("lse", claims.lse_gradient, problem.dlse),
+        ("entropy", claims.entropy_gradient and bool(problem.dentropy.any()), problem.dentropy),
+    ):
+        if differentiable:
+            require(name in given, f"a gradient of {name} is claimed, and no {name} returned")
+            require(given[name].requires_grad, f"a gradient of {name} is claimed, and {name} carries none")
+            outputs.append(given[name])
+            grads.append(grad)
     found = dict(zip(names, torch.autograd.grad(outputs, leaves, grads, allow_unused=True)))
     for name, x in found.items():
         require(x is not None, f"no gradient comes back to {name}")
@@ -64,7 +72,7 @@ def evaluate(target: Target, problem: Problem) -> Results:
         found["bias"] = found["bias"][(None,) * (4 - found["bias"].ndim)]
     if "slopes" in found:
         found["slopes"] = found["slopes"][(None,) * (2 - found["slopes"].ndim)]
-    return Results(results.out, results.lse, **{f"d{name}": x for name, x in found.items()})
+    return Results(**results, **{f"d{name}": x for name, x in found.items()})
 
 
 def _require_tensor(name: str, x: object, shape: tuple[int, ...]) -> None:
@@ -74,7 +82,8 @@ def _require_tensor(name: str, x: object, shape: tuple[int, ...]) -> None:
 
 
 def expected(problem: Problem, claims: Capabilities | None = None) -> Oracle:
-    """The oracle's answer to the same question: without a gradient of lse where none is claimed."""
+    """The oracle's answer to the same question: of lse and entropy with the gradients that are claimed."""
     inputs, spec = problem.prepared()
     dlse = problem.dlse if claims is None or claims.lse_gradient else None
-    return solve(inputs, spec, problem.dout, dlse)
+    dentropy = problem.dentropy if claims is None or claims.entropy_gradient else None
+    return solve(inputs, spec, problem.dout, dlse, dentropy)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels import dispatch, reference
 from ..kernels.biases import distances, looked_up, summed_up
 from ..kernels.packed import Piece, one_by_one
-from ..kernels.spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs
+from ..kernels.spec import N_GRADIENTS, STATISTICS, AttentionSpec, AttentionStats, Gradients, Inputs
 
 ACCUMULATION_ROUNDOFF = {
     torch.float16: 2.0**-24,
@@ -38,6 +38,9 @@ class Results(NamedTuple):
     dsinks: Tensor | None = None
     dslopes: Tensor | None = None
     dtable: Tensor | None = None
+    max_logit: Tensor | None = None
+    entropy: Tensor | None = None
+    key_mass: Tensor | None = None
 
 
 class Oracle(NamedTuple):
@@ -57,9 +60,13 @@ class Oracle(NamedTuple):
 
 
 def solve(
-    inputs: Inputs, spec: AttentionSpec, dout: Tensor | None = None, dlse: Tensor | None = None
+    inputs: Inputs,
+    spec: AttentionSpec,
+    dout: Tensor | None = None,
+    dlse: Tensor | None = None,
+    dentropy: Tensor | None = None,
 ) -> Oracle:
-    """The oracle of one problem; dout and dlse, shaped like out and lse, are zeros if not given.
+    """The oracle of one problem; dout, dlse and dentropy, shaped like their outputs, are zeros if not given.
 
     With p the probabilities, D = keep/(1 - dropout_p) (1 without dropout), P = D·p:
 
@@ -83,28 +90,40 @@ def solve(
     keys that have p > 0: times the accumulation's roundoff, what the exponent of p = exp(s - lse) may
     be wrong by.
 
+    Statistics are never rounded to 16 bits. max_logit is as wrong as a score: cond 0, score_cond the weight
+    without |lse|. A probability off by the factor 1 + e moves -p·ln p by at most e·p·(1 + |ln p|): with H the
+    entropy and P = Σ p, cond(entropy) = P + H, and cond(key_mass) = Σ_i p; score_cond has the row's weight.
+    dentropy adds p·|dH|·(|ln p| + 1 + H + P) to T, its own sum on absolute values, and at a sink dH·(H + P).
+
     Of packed sequences, each by itself: its rows and keys, and its share of what all have in common.
     """
     if inputs.spans_q is not None:
-        return _solve_packed(inputs, spec, dout, dlse)
+        return _solve_packed(inputs, spec, dout, dlse, dentropy)
     dtype = inputs.q.dtype
     exact = _double(inputs)
     rows, heads_kv = exact.q.shape[:3], exact.k.shape[1]
     dout = exact.q.new_zeros(*rows, exact.v.shape[3]) if dout is None else dout.double()
     dlse = exact.q.new_zeros(rows) if dlse is None else dlse.double()
-    value = _answer(exact, spec, dout, dlse)
+    dentropy = exact.q.new_zeros(rows) if dentropy is None else dentropy.double()
+    value = _answer(exact, spec, dout, dlse, dentropy)
     assert value.out is not None
     assert value.lse is not None
-    ds = _score_gradient(exact, spec, dout, dlse)
+    assert value.entropy is not None
+    ds = _score_gradient(exact, spec, dout, dlse, dentropy)
     p, kept = _probabilities(exact, spec)
 
     lse, dlse = value.lse[..., None], dlse[..., None]
     alive = reference.attention(exact, spec)[1][..., None] > -torch.inf
     q, dout, exponent = (torch.where(alive, x, 0.0) for x in (exact.q, dout, lse.abs()))
+    of_keys = p.sum(-1, keepdim=True)
+    certain = of_keys + value.entropy[..., None]  # P + H
+    dentropy = torch.where(alive, dentropy[..., None].abs(), 0.0)
+    surprise = torch.where(p > 0, -p.log(), 0.0)
     at_sinks = None
     if exact.sinks is not None:
         share = torch.exp(exact.sinks[:, None, None] - lse)  # 1 in a row without keys
         at_sinks = share * ((dout * value.out).sum(-1, keepdim=True) - dlse).abs()
+        at_sinks = at_sinks + share * dentropy * certain
     group = rows[1] // max(heads_kv, 1)
     seen = p.reshape(rows[0], heads_kv, group * rows[2], p.shape[-1]).gt(0).any(2)[..., None]
     k, v = (torch.where(seen, x, 0.0).repeat_interleave(group, 1) for x in (exact.k, exact.v))
@@ -116,7 +135,8 @@ def solve(
     if exact.table is not None:
         level = level + looked_up(exact, spec).abs()
     level = torch.where(p > 0, level, 0.0)
-    weight = exponent + (level.amax(-1, keepdim=True) if level.shape[-1] else 0.0)
+    highest = level.amax(-1, keepdim=True) if level.shape[-1] else torch.zeros_like(exponent)
+    weight = exponent + highest
     q, k, v, dout = q.abs(), k.abs(), v.abs(), dout.abs()
 
     def sums(kept: Tensor, scaled: Tensor, terms: Tensor, at_sinks: Tensor | None) -> Results:
@@ -137,7 +157,7 @@ def solve(
         )
 
     loose = (dout * (kept @ v)).sum(-1, keepdim=True) + dlse.abs()
-    tight, tight_at_sinks = ds.abs(), at_sinks
+    tight, tight_at_sinks = ds.abs() + p * dentropy * (surprise + 1 + certain), at_sinks
     terms = tight + p * torch.where(alive, loose, 0.0)
     weight_of_sinks = weight
     if exact.sinks is not None:
@@ -145,6 +165,7 @@ def solve(
         at_sinks = at_sinks + share * loose
         weight_of_sinks = weight + exact.sinks.abs()[:, None, None]
     scale_of = abs(spec.scale) * slope
+    nothing = torch.zeros_like(weight[..., 0])
     visited, survived = (p > 0).double(), torch.where(p > 0, kept / p, 0.0)
     is_precise = spec.precise and ROUNDOFF[dtype] > ACCUMULATION_ROUNDOFF[dtype]
     of_delta = float(is_precise)
@@ -153,38 +174,57 @@ def solve(
         cond = sums(kept, scale_of * tight, tight, tight_at_sinks)
     return Oracle(
         value,
-        cond=cond._replace(lse=torch.ones_like(weight[..., 0])),
+        cond=cond._replace(
+            lse=torch.ones_like(weight[..., 0]),
+            max_logit=torch.zeros_like(weight[..., 0]),
+            entropy=certain[..., 0],
+            key_mass=p.sum(2),
+        ),
         score_cond=sums(
             weight * kept,
             (weight + of_delta) * scale_of * terms,
             (weight + of_delta) * terms,
             None if at_sinks is None else (weight_of_sinks + of_delta) * at_sinks,
-        )._replace(lse=weight_of_sinks[..., 0]),
+        )._replace(
+            lse=weight_of_sinks[..., 0],
+            max_logit=highest[..., 0],
+            entropy=(weight_of_sinks * certain)[..., 0],
+            key_mass=(weight_of_sinks * p).sum(2),
+        ),
         # whether the scale comes before or after the rounding of dS is the implementation's business
         underflow=sums(
             survived,
             max(abs(spec.scale), 1.0) * visited,
             0 * terms,
             None if at_sinks is None else 0 * at_sinks,
-        )._replace(lse=0 * dlse[..., 0]),
+        )._replace(lse=nothing, max_logit=nothing, entropy=nothing, key_mass=0 * p.sum(2)),
         dtype=dtype,
     )
 
 
-def _solve_packed(inputs: Inputs, spec: AttentionSpec, dout: Tensor | None, dlse: Tensor | None) -> Oracle:
+def _solve_packed(
+    inputs: Inputs, spec: AttentionSpec, dout: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
+) -> Oracle:
     """`solve` for packed sequences: every one as a dense problem."""
     exact = _double(inputs)
     q, k, v = exact[:3]
     rows = q.new_zeros(q.shape[:3])
     others = (None if x is None else torch.zeros_like(x) for x in exact[3:N_GRADIENTS])
-    zeros = Results(q.new_zeros(*rows.shape, v.shape[3]), rows, *map(torch.zeros_like, (q, k, v)), *others)
+    stats = AttentionStats(
+        q.new_zeros(*rows.shape, v.shape[3]), rows, rows, rows, q.new_zeros(*q.shape[:2], k.shape[2])
+    )
+    grads = Gradients(*map(torch.zeros_like, (q, k, v)), *others)
+    zeros = Results(**stats._asdict(), **grads._asdict())
     value, cond, score_cond, underflow = parts = [
         Results(*(None if x is None else x.clone() for x in zeros)) for _ in range(4)
     ]
     assert value.lse is not None
+    assert value.max_logit is not None
     value.lse.fill_(-torch.inf)
+    value.max_logit.fill_(-torch.inf)
     for piece, own, own_spec in one_by_one(inputs, spec):
-        found = solve(own, own_spec, *(None if x is None else piece.rows_of(x) for x in (dout, dlse)))
+        of_rows = (None if x is None else piece.rows_of(x) for x in (dout, dlse, dentropy))
+        found = solve(own, own_spec, *of_rows)
         for total, part in zip(parts, found[:4]):
             _add(total, part, piece, inputs)
     return Oracle(value, cond, score_cond, underflow, inputs.q.dtype)
@@ -192,8 +232,9 @@ def _solve_packed(inputs: Inputs, spec: AttentionSpec, dout: Tensor | None, dlse
 
 def _add(total: Results, part: Results, piece: Piece, inputs: Inputs) -> None:
     """Put rows and keys in their places and add what is shared: gradients are cut as what they belong to."""
-    for name in ("out", "lse"):
-        piece.rows_of(getattr(total, name)).copy_(getattr(part, name))
+    for name in AttentionStats._fields:
+        places = piece.keys_of if name == "key_mass" else piece.rows_of
+        places(getattr(total, name)).copy_(getattr(part, name))
     gradients = {name: getattr(total, f"d{name}") for name in Inputs._fields[:N_GRADIENTS]}
     for name, x in piece.cut(inputs._replace(**gradients))._asdict().items():
         if gradients.get(name) is not None:
@@ -205,16 +246,20 @@ def _double(inputs: Inputs) -> Inputs:
     return Inputs._make([*given, *inputs[N_GRADIENTS:]])
 
 
-def _answer(inputs: Inputs, spec: AttentionSpec, dout: Tensor, dlse: Tensor) -> Results:
+def _answer(inputs: Inputs, spec: AttentionSpec, dout: Tensor, dlse: Tensor, dentropy: Tensor) -> Results:
     """The reference and its gradients."""
     leaves = {name: x.requires_grad_() for name, x in zip(Gradients._fields, inputs) if x is not None}
     with torch.enable_grad():
-        out, lse, *_ = dispatch.run(inputs, spec, "reference")
-    assert lse is not None
-    grads = torch.autograd.grad((out, lse), [*leaves.values()], (dout, dlse))
+        stats = dispatch.run(inputs, spec, "reference", STATISTICS)
+    assert stats.lse is not None
+    assert stats.entropy is not None
+    grads = torch.autograd.grad(
+        (stats.out, stats.lse, stats.entropy), [*leaves.values()], (dout, dlse, dentropy)
+    )
     for x in leaves.values():
         x.requires_grad_(False)
-    return Results(out.detach(), lse.detach(), **dict(zip(leaves, grads)))
+    values = {name: x.detach() for name, x in stats._asdict().items()}
+    return Results(**values, **dict(zip(leaves, grads)))
 
 
 def _probabilities(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -226,11 +271,13 @@ def _probabilities(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]
     return before, reference.attention(reader, spec)[0]
 
 
-def _score_gradient(inputs: Inputs, spec: AttentionSpec, dout: Tensor, dlse: Tensor) -> Tensor:
-    """p·(D·dp - delta + dlse): the gradient of a bias that gives every score its own element."""
+def _score_gradient(
+    inputs: Inputs, spec: AttentionSpec, dout: Tensor, dlse: Tensor, dentropy: Tensor
+) -> Tensor:
+    """p·(D·dp - delta + dlse) and entropy's: the gradient of a bias with an element for every score."""
     shape = (*inputs.q.shape[:3], inputs.k.shape[2])
     bias = dout.new_zeros(shape) if inputs.bias is None else inputs.bias.expand(shape).clone()
-    dbias = _answer(inputs._replace(bias=bias), spec, dout, dlse).dbias
+    dbias = _answer(inputs._replace(bias=bias), spec, dout, dlse, dentropy).dbias
     assert dbias is not None
     return dbias
 

@@ -7,12 +7,13 @@ the budget, or raises WrongAnswerError with what is wrong in words.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..kernels.spec import STATISTICS, AttentionStats
 from ..kernels.visibility import visible
 from .budget import Finding, measure
 from .cases import Problem
@@ -45,7 +46,9 @@ def values(target: Target, problem: Problem) -> Outcome:
     """Every element of out, lse and the gradients, against the oracle; shapes and dtypes."""
     oracle = expected(problem, target.capabilities)  # before anybody can modify q
     results = evaluate(target, problem)
-    require(results.lse is not None or not target.capabilities.lse, "lse is claimed, and not returned")
+    for name in STATISTICS:
+        claimed, returned = getattr(target.capabilities, name), getattr(results, name) is not None
+        require(returned or not claimed, f"{name} is claimed, and not returned")
     _require_dtypes(results, problem)
     findings = measure(results, oracle, target.capabilities.arithmetic)
     if oracle.dtype == torch.float64:  # plain PyTorch in float64 is the oracle
@@ -116,8 +119,10 @@ def keeps_entries_apart(target: Target, problem: Problem) -> Outcome:
     def spoiled(x: Tensor) -> Tensor:
         return torch.cat([x[:1], torch.full_like(x[1:], torch.nan)])
 
-    q, k, v, dout, dlse = map(spoiled, (*problem[:3], problem.dout, problem.dlse))
-    dirty = Problem(q, k, v, problem.options, dout, dlse, problem.top_left)
+    tensors: dict[str, Any] = {
+        name: spoiled(x) for name, x in problem._asdict().items() if isinstance(x, Tensor)
+    }
+    dirty = problem._replace(**tensors)
     *parts, dtype = expected(problem, target.capabilities)
     value, cond, score_cond, underflow = map(_first_entry, parts)
     first = Oracle(value, cond, score_cond, underflow, dtype)
@@ -208,8 +213,8 @@ def _no_worse(trapped: list[Finding], plain: list[Finding]) -> Outcome:
 def _require_dtypes(results: Results, problem: Problem) -> None:
     dtype = problem.q.dtype
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
-    for name, x in zip(("out", "lse"), results[:2]):
-        must = dtype if name == "out" else statistics
+    for name in AttentionStats._fields:
+        x, must = getattr(results, name), dtype if name == "out" else statistics
         if x is not None:
             require(x.dtype == must, f"{name} has dtype {x.dtype}, not {must}")
 

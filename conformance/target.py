@@ -11,12 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..kernels.spec import AttentionStats
 from .budget import Arithmetic
 from .cases import Case, Problem
 from .guard import require
 
-Attend = Callable[[Problem], tuple[Tensor, "Tensor | None"]]
-"""(out, lse or None) of a problem, attached to its q, k, v and bias."""
+Attend = Callable[[Problem], "tuple[Tensor | None, ...]"]
+"""The first fields of an `AttentionStats`, out and as many others as there are, of a problem; out, lse and
+entropy attached to its q, k, v and bias."""
 
 Alignment = Literal["bottom-right", "top-left"]
 
@@ -28,8 +30,9 @@ class Capabilities:
     alignments: where the last query stands with causal or a window; both if it can be told. rectangular:
     seqlen_q may differ from seqlen_k. different_head_dims: v's may differ from q's. any_strides: q, k, v
     need not be contiguous. mask_and_causal: both in one call, ANDed. mask_objects: mask may be an
-    `undivided.Mask`. lse: it returns one; lse_gradient: which is differentiable. dropout: with an int seed;
-    the elements it drops are those of this package (`same_dropout`) or its own. empty: sizes of 0.
+    `undivided.Mask`. lse: it returns one; lse_gradient: which is differentiable. max_logit, entropy,
+    entropy_gradient, key_mass: likewise. dropout: with an int seed; the elements it drops are those of this
+    package (`same_dropout`) or its own. empty: sizes of 0.
     any_bias_dtype: bias may have another float dtype than q. precise: if asked, no rounding of out reaches
     backward's delta. double_backward, jvp: gradients are differentiable, and forward-mode AD works.
     Whoever claims neither may refuse. deterministic: the same call gives the same bits. batch_invariant: with
@@ -73,6 +76,10 @@ class Capabilities:
     lse_gradient: bool = False
     double_backward: bool = False
     jvp: bool = False
+    max_logit: bool = False
+    entropy: bool = False
+    entropy_gradient: bool = False
+    key_mass: bool = False
     deterministic: bool = True
     batch_invariant: bool = False
     compiles: bool = False
@@ -96,6 +103,12 @@ class Target:
     capabilities: Capabilities
     note: str = ""
     origin: str = ""
+
+    def statistics(self, problem: Problem) -> AttentionStats:
+        """What `attend` returns, by name; also what is not claimed."""
+        out, *others = self.attend(problem)
+        assert out is not None
+        return AttentionStats(out, *others)
 
     def fitted(self, case: Case) -> Case:
         """The case in sizes and strides that are claimed, so that a small claim is asked every option too."""
@@ -153,13 +166,17 @@ class Target:
             "dropout": claims.same_dropout or case.dropout_p == 0.0,
             "batch_invariant": claims.batch_invariant or not case.batch_invariant,
             "precise": claims.precise or not case.precise,
+            "entropy_gradient": claims.entropy_gradient or not case.entropy,
             "empty_rows": claims.empty_rows or not case.build(torch.float32).has_empty_rows(),
         }
         return next((name for name, met in needs.items() if not met), None)
 
 
 def target(function: Callable[..., Any], name: str | None = None, **capabilities: Any) -> Target:
-    """A function `fn(q, k, v, **options) -> out or (out, lse)` with this package's names and layout.
+    """A function `fn(q, k, v, **options) -> out or (out, lse, ...)` with this package's names and layout.
+
+    It may return as many fields of `undivided.AttentionStats`, in their order, as it likes; None for what it
+    has not.
 
     Only the options that a problem has are passed, out of `undivided.attention`'s: causal, window, mask,
     key_lengths, bias, softcap, sinks, scale, dropout_p, seed, precise and deterministic. q, k, v: (batch,
@@ -170,7 +187,7 @@ def target(function: Callable[..., Any], name: str | None = None, **capabilities
     """
     claims = claim(Capabilities(), capabilities)
 
-    def attend(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    def attend(problem: Problem) -> tuple[Tensor | None, ...]:
         where = problem.sequences
         if where is None:
             answer = function(problem.q, problem.k, problem.v, **problem.given_options())
@@ -179,10 +196,13 @@ def target(function: Callable[..., Any], name: str | None = None, **capabilities
             answer = function(*problem.packed(), *where[:2], **limits, **problem.given_options())
         if not isinstance(answer, (tuple, list)):
             answer = (answer,)
-        require(len(answer) in (1, 2), f"returns {len(answer)} things, not out or (out, lse)")
+        fields = AttentionStats._fields
+        require(
+            0 < len(answer) <= len(fields), f"returns {len(answer)} things, not out or ({', '.join(fields)})"
+        )
         if where is not None:
-            answer = [x.transpose(0, 1)[None] for x in answer]
-        return answer[0], answer[1] if len(answer) == 2 else None
+            answer = [None if x is None else x.transpose(0, 1)[None] for x in answer]
+        return tuple(answer)
 
     name = name or str(getattr(function, "__name__", "attention"))
     module, path = (getattr(function, key, "") for key in ("__module__", "__qualname__"))
@@ -210,6 +230,7 @@ NEEDS = {
     "same_dropout": ("dropout",),
     "precise": ("backward",),
     "lse_gradient": ("lse", "backward"),
+    "entropy_gradient": ("entropy", "backward"),
 }
 """Claims that say nothing without others."""
 

@@ -17,7 +17,7 @@ from ..kernels.spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs
 from ..kernels.visibility import visible
 from .cases import Problem
 from .oracle import Oracle, Results
-from .target import Capabilities
+from .target import EVERYTHING, Capabilities
 
 PASSES = {
     "out": 2.0,
@@ -40,7 +40,7 @@ def two_times_rule(
     inf where only plain PyTorch is exact, or where an error is not a number. claims: as for `expected`,
     whose oracle this is.
     """
-    plain = _plain_results(problem, through_lse=claims is None or claims.lse_gradient)
+    plain = _plain_results(problem, claims or EVERYTHING)
     return {
         name: _ratio(getattr(results, name), getattr(plain, name), getattr(oracle.value, name))
         for name in PASSES
@@ -55,23 +55,24 @@ def _ratio(x: Tensor, plain: Tensor, exact: Tensor) -> float:
     return error / yardstick if error < float("inf") and yardstick > 0.0 else float("inf")
 
 
-def _plain_results(problem: Problem, through_lse: bool) -> Results:
+def _plain_results(problem: Problem, claims: Capabilities) -> Results:
     inputs, spec = problem.prepared()
     given = dict(zip(Gradients._fields, inputs))
     leaves = {name: x.detach().requires_grad_() for name, x in given.items() if x is not None}
     with torch.enable_grad():
         own = (leaves.get(name) for name in Gradients._fields)
-        out, lse = _plain(Inputs._make([*own, *inputs[N_GRADIENTS:]]), spec)
-    dlse = problem.dlse.to(lse.dtype) if through_lse else torch.zeros_like(lse)
-    grads = torch.autograd.grad((out, lse), [*leaves.values()], (problem.dout, dlse))
+        out, lse, entropy = _plain(Inputs._make([*own, *inputs[N_GRADIENTS:]]), spec)
+    dlse = problem.dlse.to(lse.dtype) * claims.lse_gradient
+    dentropy = problem.dentropy.to(lse.dtype) * claims.entropy_gradient
+    grads = torch.autograd.grad((out, lse, entropy), [*leaves.values()], (problem.dout, dlse, dentropy))
     return Results(out.detach(), None, **dict(zip(leaves, grads)))
 
 
-def _plain(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """Attention as one would write it down, every step in the dtype of q: (out, lse)."""
+def _plain(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention as one would write it down, every step in the dtype of q: (out, lse, entropy)."""
     if inputs.spans_q is not None:
-        out, lse = concatenated(_plain, inputs, spec)
-        return out, lse
+        out, lse, entropy = concatenated(_plain, inputs, spec)
+        return out, lse, entropy
     q, dtype = inputs.q * spec.scale, inputs.q.dtype
     group = q.shape[1] // max(inputs.k.shape[1], 1)
     k, v = (x.repeat_interleave(group, 1) for x in (inputs.k, inputs.v))
@@ -93,6 +94,7 @@ def _plain(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         sinks = inputs.sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], -1)
     p = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)[..., : k.shape[2]]
+    entropy = -(p * torch.where(p > 0, p, 1.0).log()).sum(-1)
     if spec.dropout_p:
         assert inputs.seed is not None
         batch, heads, rows, cols = p.shape
@@ -101,4 +103,5 @@ def _plain(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         )
         p = torch.where(keep, p / (1 - spec.dropout_p), 0.0) if spec.dropout_p < 1 else p * 0.0
     lse = torch.logsumexp(scores, dim=-1).masked_fill(empty.squeeze(-1), -torch.inf)
-    return p @ v, lse if inputs.sinks is None else lse_of_empty_rows(lse, inputs.sinks)
+    lse = lse if inputs.sinks is None else lse_of_empty_rows(lse, inputs.sinks)
+    return p @ v, lse, entropy

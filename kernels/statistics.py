@@ -35,7 +35,7 @@ def entropy_and_key_mass(
     inputs = inputs._replace(v=inputs.k.detach()[..., :0], seed=None)
     spec = spec._replace(dropout_p=0.0, precise=False, want_lse=True, want_max=False)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    function = _TransformableStatistics if transformed else _Statistics
+    function: Any = _TransformableStatistics if transformed else _Statistics
     found: tuple[Tensor, Tensor] = function.apply(lse.detach(), *inputs, *spec, entropy, key_mass)
     return found[0] if entropy else None, found[1] if key_mass else None
 
@@ -65,7 +65,8 @@ class _Statistics(torch.autograd.Function):
         if dentropy is not None:
             call = dentropy, *ctx.saved_tensors, *ctx.spec
             twice = torch.is_grad_enabled() or forward_ad._current_level >= 0
-            grads = _Backward.apply(*call, *needs) if twice else _backward_op(*call, [*needs])
+            refusing: Any = _Backward
+            grads = refusing.apply(*call, *needs) if twice else _backward_op(*call, [*needs])
             wanted = tuple(g if need else None for g, need in zip(grads, needs, strict=True))
         return (None, *wanted, *(None,) * (len(ctx.needs_input_grad) - 1 - N_GRADIENTS))
 

@@ -11,7 +11,7 @@ from undivided.conformance.cases import Problem
 from undivided.kernels.biases import _buckets
 from undivided.kernels.philox import keep_mask
 from undivided.kernels.sinks import lse_of_empty_rows
-from undivided.kernels.spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs
+from undivided.kernels.spec import N_GRADIENTS, AttentionSpec, AttentionStats, Gradients, Inputs
 from undivided.kernels.visibility import visible
 
 
@@ -23,17 +23,18 @@ class Flash:
 
     tile = 16
 
-    def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]:
+    def __call__(self, problem: Problem) -> AttentionStats:
         if problem.options.get("deterministic") == "batch":
             alone = (problem.of_entries([entry]) for entry in range(problem.q.shape[0]))
-            out, lse = (torch.cat(x) for x in zip(*map(self._attend, alone)))
-            return out, lse
+            return AttentionStats(*(torch.cat(x) for x in zip(*map(self._attend, alone))))
         return self._attend(problem)
 
-    def _attend(self, problem: Problem) -> tuple[Tensor, Tensor]:
+    def _attend(self, problem: Problem) -> AttentionStats:
         inputs, spec = problem.prepared()
-        out, lse = _Call.apply(self, inputs, self.read(spec), *inputs[:N_GRADIENTS])
-        return out, lse if inputs.sinks is None else lse_of_empty_rows(lse, inputs.sinks)
+        stats = AttentionStats(*_Call.apply(self, inputs, self.read(spec), *inputs[:N_GRADIENTS]))
+        if inputs.sinks is None:
+            return stats
+        return stats._replace(lse=lse_of_empty_rows(stats.lse, inputs.sinks))
 
     def read(self, spec: AttentionSpec) -> AttentionSpec:
         return spec
@@ -59,8 +60,42 @@ class Flash:
             out, lse = out * torch.exp(lse - total), torch.where(alone, lse, self.lse_with_sinks(lse, total))
         return out.to(inputs.q.dtype), lse.squeeze(-1)
 
+    def statistics(self, lse: Tensor, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
+        """(max_logit, entropy, key_mass), from lse."""
+        q, k, _, seen = self.operands(inputs, spec)
+        scores = self.scores(q, k, inputs, spec)[0].masked_fill(~seen, -torch.inf)
+        lse = self.lse_of_entropy(lse[..., None], scores)
+        surprise = torch.where(lse == -torch.inf, torch.inf, lse - scores)
+        p = torch.exp(-surprise)
+        entropy = (p * surprise.masked_fill(p == 0, 0.0)).sum(-1)
+        mass = self.mass(p, self.survives(inputs, spec, seen.shape)).sum(2)
+        nobody = scores.new_full((*scores.shape[:3], 1), -torch.inf)
+        top = torch.cat([nobody, self.scores_of_max(scores, q, k, spec)], -1).amax(-1)
+        return top, self.returned_entropy(entropy), mass
+
+    def lse_of_entropy(self, lse: Tensor, scores: Tensor) -> Tensor:
+        """The denominator's logarithm, in which a sink is."""
+        return lse
+
+    def mass(self, p: Tensor, survives: Tensor) -> Tensor:
+        """What the rows give each key, before dropout."""
+        return p
+
+    def scores_of_max(self, scores: Tensor, q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
+        return scores
+
+    def returned_entropy(self, entropy: Tensor) -> Tensor:
+        return entropy
+
     def backward(
-        self, dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, inputs: Inputs, spec: AttentionSpec
+        self,
+        dout: Tensor,
+        dlse: Tensor,
+        dentropy: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        inputs: Inputs,
+        spec: AttentionSpec,
     ) -> Gradients:
         """Probabilities rebuilt from lse."""
         q, k, v, seen = self.operands(inputs, spec)
@@ -72,7 +107,10 @@ class Flash:
         survives = self.survives(inputs, spec, seen.shape, backward=True)
         dp = self.dropped(dout @ v.mT, survives)
         delta = self.delta(p, dp, out.float(), dout, spec) - self.gradient_of_lse(dlse)
-        ds = p * (dp - delta)
+        surprise = (lse[..., None] - scores).masked_fill(p == 0, 0.0)
+        dentropy = self.gradient_of_entropy(dentropy)[..., None].masked_fill(dead, 0.0)
+        delta = delta + dentropy * (p * (surprise - 1)).sum(-1, keepdim=True)
+        ds = p * (dp + dentropy * (surprise - 1) - delta)
         narrow = rounded(ds * slope, inputs)
         dq = spec.scale * (narrow @ k)
         dk = self.over_group(self.scale_of_dk(spec) * (narrow.mT @ q), inputs)
@@ -193,6 +231,9 @@ class Flash:
     def seen_by_backward(self, seen: Tensor) -> Tensor:
         return seen
 
+    def gradient_of_entropy(self, dentropy: Tensor) -> Tensor:
+        return dentropy
+
     def gradient_of_lse(self, dlse: Tensor) -> Tensor:
         return dlse
 
@@ -212,16 +253,20 @@ class _Call(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, kernel: Flash, inputs: Inputs, spec: AttentionSpec, *_: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         out, lse = kernel.forward(inputs, spec)
+        max_logit, entropy, key_mass = kernel.statistics(lse, inputs, spec)
         ctx.kernel, ctx.inputs, ctx.spec = kernel, inputs, spec
         ctx.save_for_backward(out, lse)
-        return out, kernel.returned(lse.clone(), spec)
+        ctx.mark_non_differentiable(max_logit, key_mass)
+        return out, kernel.returned(lse.clone(), spec), max_logit, entropy, key_mass
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        grads = ctx.kernel.backward(dout, dlse, *ctx.saved_tensors, ctx.inputs, ctx.spec)
+    def backward(
+        ctx: Any, dout: Tensor, dlse: Tensor, _: Tensor, dentropy: Tensor, __: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        grads = ctx.kernel.backward(dout, dlse, dentropy, *ctx.saved_tensors, ctx.inputs, ctx.spec)
         leaves = ctx.inputs[:N_GRADIENTS]
         return (None, None, None, *(None if g is None else g.to(x.dtype) for g, x in zip(grads, leaves)))
 

@@ -112,6 +112,31 @@ class LseGradientIgnored(Flash):
         return torch.zeros_like(dlse)
 
 
+class MaxBeforeBias(Flash):
+    def scores_of_max(self, scores: Tensor, q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
+        return torch.where(scores == -torch.inf, scores, spec.scale * (q @ k.mT))
+
+
+class EntropyInBits(Flash):
+    def returned_entropy(self, entropy: Tensor) -> Tensor:
+        return entropy / math.log(2)
+
+
+class EntropyWithoutSink(Flash):
+    def lse_of_entropy(self, lse: Tensor, scores: Tensor) -> Tensor:
+        return torch.logsumexp(scores, -1, keepdim=True)
+
+
+class EntropyGradientIgnored(Flash):
+    def gradient_of_entropy(self, dentropy: Tensor) -> Tensor:
+        return torch.zeros_like(dentropy)
+
+
+class MassAfterDropout(Flash):
+    def mass(self, p: Tensor, survives: Tensor) -> Tensor:
+        return p * survives
+
+
 class NanOnEmptyRows(Flash):
     def normalised(self, out: Tensor, total: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
         return out / total, peak + total.log()
@@ -329,6 +354,17 @@ BUGS = {
     "lse in base 2": Bug(LseInBase2(), PLAIN, "lse is: in base 2"),
     "lse +inf on empty rows": Bug(EmptyRowsPlusInfinity(), EMPTY_ROWS, "out 0, lse +inf, gradients 0"),
     "lse gradient ignored": Bug(LseGradientIgnored(), PLAIN, "the gradient of lse: ignored"),
+    "max_logit before the bias": Bug(
+        MaxBeforeBias(),
+        Case("bias", bias=Extra(axes="hqk")),
+        "max_logit is: the largest score before the bias",
+    ),
+    "entropy in bits": Bug(EntropyInBits(), PLAIN, "entropy is: in bits"),
+    "entropy without the sink": Bug(EntropyWithoutSink(), SINKS, "as if there were no sink"),
+    "entropy gradient ignored": Bug(
+        EntropyGradientIgnored(), replace(PLAIN, entropy=True), "the gradient of entropy: ignored"
+    ),
+    "key_mass after dropout": Bug(MassAfterDropout(), DROPOUT, "key_mass with dropout is: what was kept"),
     "ALiBi from the top-left": Bug(
         AlibiFromTopLeft(), replace(ALIBI, seqlen_k=50), "query 0 standing at key 0"
     ),

@@ -162,7 +162,12 @@ def test_one_query_alone_is_the_last_of_many(impl: str, device: torch.device) ->
     """Decoding that disagrees with prefilling: another alignment, or other keys (hazard N10)."""
     problem = replace(PLAIN, causal=True, seqlen_q=40, window=(17, None)).build(HALF, device)
     oracle = expected(problem)
-    last = problem._replace(q=problem.q[:, :, -1:], dout=problem.dout[:, :, -1:], dlse=problem.dlse[..., -1:])
+    last = problem._replace(
+        q=problem.q[:, :, -1:],
+        dout=problem.dout[:, :, -1:],
+        dlse=problem.dlse[..., -1:],
+        dentropy=problem.dentropy[..., -1:],
+    )
     results = evaluate(ours(impl), last)
     whole = [
         field._replace(out=field.out[:, :, -1:], lse=field.lse[..., -1:], dq=field.dq[:, :, -1:])

@@ -11,10 +11,10 @@ import torch
 from ..guard import RAISABLE, WrongAnswerError, first_line, guarded, told
 from ..target import Target
 from ..verdict import HANGS, RAISED, Observation
-from . import alibi, dropout, edges, gradients, lse, relative_bias, sinks, softmax, visibility
+from . import alibi, dropout, edges, gradients, lse, relative_bias, sinks, softmax, statistics, visibility
 from .subject import Probe, Subject
 
-_ROOMS = (visibility, softmax, lse, edges, gradients, sinks, alibi, relative_bias, dropout)
+_ROOMS = (visibility, softmax, lse, statistics, edges, gradients, sinks, alibi, relative_bias, dropout)
 
 
 def probe(target: Target, device: str | torch.device = "cpu") -> list[Observation]:

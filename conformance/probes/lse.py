@@ -64,7 +64,7 @@ def _value(subject: Subject) -> str:
 
 def _lse(subject: Subject, problem: Problem) -> Tensor | None:
     with torch.no_grad():
-        return subject.target.attend(problem)[1]
+        return subject.target.statistics(problem).lse
 
 
 def _with_dropout(subject: Subject) -> str:
@@ -89,7 +89,7 @@ def _gradient(subject: Subject) -> str:
     """Of the sum of lse alone: dq = scale·k and dk = scale·q·rows/keys where all keys are equal; dv = 0."""
     problem = _equal_keys(subject)
     q, k, v = leaves = [x.requires_grad_() for x in problem[:3]]
-    _, lse = subject.target.attend(problem._replace(q=q, k=k, v=v))
+    _, lse, *_ = subject.target.attend(problem._replace(q=q, k=k, v=v))
     if lse is None:
         return NONE
     if not lse.requires_grad:

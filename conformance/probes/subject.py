@@ -97,7 +97,8 @@ class Subject:
         k, v = q.new_zeros(2, self.batch, heads_kv, cols, self.head_dim)
         statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
         dlse = torch.zeros(shape[:3], dtype=statistics, device=self.device)
-        return Problem(q, k, v, cast(AttentionOptions, options), torch.zeros_like(q), dlse, top_left)
+        dout = torch.zeros_like(q)
+        return Problem(q, k, v, cast(AttentionOptions, options), dout, dlse, dlse.clone(), top_left)
 
     def tensor(self, x: Any) -> Tensor:
         """Mask, lengths or numbers, where the target wants them."""
