@@ -29,14 +29,13 @@ def mask_reader(
     values = torch.eye(cols).expand(batch, heads, cols, cols)
     dout = torch.eye(rows, cols).expand(batch, heads, rows, cols)
     options = {"dropout_p": dropout_p, "seed": seed, "scale": 1.0}
-    return Problem(
-        zeros, zeros.new_zeros(batch, heads, cols, 16), values, options, dout, torch.zeros(*zeros.shape[:3])
-    )
+    nothing = torch.zeros(zeros.shape[:3])
+    return Problem(zeros, zeros.new_zeros(batch, heads, cols, 16), values, options, dout, nothing, nothing)
 
 
 def masks(impl: str, problem: Problem, device: torch.device) -> tuple[Tensor, Tensor]:
     """What forward kept, [batch, heads, rows, cols], and backward's, [batch, heads, cols, rows]."""
-    moved = problem._replace(**{n: getattr(problem, n).to(device) for n in ("q", "k", "v", "dout", "dlse")})
+    moved = problem._replace(**{n: getattr(problem, n).to(device) for n in ("q", "k", "v", "dout", "dlse", "dentropy")})
     results = evaluate(ours(impl), moved)
     return results.out.cpu(), results.dv[..., : problem.q.shape[2]].cpu()
 
