@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import mask_tiles
-from .mask_intervals import Interval, Rows, band, holds, intersected, united
+from .mask_intervals import UNBOUNDED, Band, Call, Interval, Rows, band, holds, intersected, united
 from .mask_tiles import Tiles
 from .validation import check_tensor
 from .visibility import block_of
@@ -21,41 +21,6 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _KEPT = 4
 """Kinds of calls whose tiles a mask remembers."""
-
-
-class Band(NamedTuple):
-    """Keys p - left ... p + right of the query at p; None = unbounded."""
-
-    left: int | None = None
-    right: int | None = None
-
-    def intersected(self, other: Band) -> Band:
-        return Band(*(b if a is None else a if b is None else min(a, b) for a, b in zip(self, other)))
-
-    def united(self, other: Band) -> Band:
-        """The hull: both hold p itself, so that no key between the two is in neither."""
-        return Band(*(None if a is None or b is None else max(a, b) for a, b in zip(self, other)))
-
-
-class Call(NamedTuple):
-    """What a mask is asked about: sizes of a call, and where query 0 stands. packed: batch is the number of
-    sequences, seqlen_q and seqlen_k are those of all."""
-
-    batch: int
-    heads: int
-    seqlen_q: int
-    seqlen_k: int
-    shift: int
-    device: torch.device
-    packed: bool = False
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Of the scores."""
-        return self.batch, self.heads, self.seqlen_q, self.seqlen_k
-
-
-UNBOUNDED = Band()
 
 
 class Mask:

@@ -20,6 +20,24 @@ _FAR = 2**30
 """Further than any key; sums with positions stay within int32."""
 
 
+class Call(NamedTuple):
+    """What a mask is asked about: sizes of a call, and where query 0 stands. packed: batch is the number of
+    sequences, seqlen_q and seqlen_k are those of all."""
+
+    batch: int
+    heads: int
+    seqlen_q: int
+    seqlen_k: int
+    shift: int
+    device: torch.device
+    packed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the scores."""
+        return self.batch, self.heads, self.seqlen_q, self.seqlen_k
+
+
 class Rows(NamedTuple):
     """Query rows, and what places them among the keys.
 
@@ -67,6 +85,23 @@ class Rows(NamedTuple):
     def look_up(self, x: Tensor, at: Tensor) -> Tensor:
         """x, (1 or batch, n), at one place for each row, (1, rows): (1 or batch, rows), or (1, rows)."""
         return x[:, at[0]] if self.sequence is None else x.expand(self.batch, -1)[self.sequence, at]
+
+
+class Band(NamedTuple):
+    """Keys p - left ... p + right of the query at p; None = unbounded."""
+
+    left: int | None = None
+    right: int | None = None
+
+    def intersected(self, other: Band) -> Band:
+        return Band(*(b if a is None else a if b is None else min(a, b) for a, b in zip(self, other)))
+
+    def united(self, other: Band) -> Band:
+        """The hull: both hold p itself, so that no key between the two is in neither."""
+        return Band(*(None if a is None or b is None else max(a, b) for a, b in zip(self, other)))
+
+
+UNBOUNDED = Band()
 
 
 class Interval(NamedTuple):

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mask_algebra import Atom, Band, Call, Dense, Mask, described
-from .mask_intervals import Interval, Rows, as_ranges, band, intersected
+from .mask_algebra import Atom, Dense, Mask, described
+from .mask_intervals import Band, Call, Interval, Rows, as_ranges, band, intersected
 from .spec import AttentionSpec, Inputs
 from .validation import check_tensor
 from .visibility import rows_of_keys

@@ -25,6 +25,7 @@ from undivided import (
     PrefixLM,
     Window,
     attention,
+    attention_varlen,
     attention_weights,
     explain,
     from_predicate,
@@ -609,3 +610,23 @@ def test_packed_sequences(top_left: bool) -> None:
     ):
         with pytest.raises(error, match=r"packed|sequences"):
             compiled(mask, inputs, AttentionSpec(1.0))
+
+
+@pytest.mark.parametrize("impl", ["reference", "fallback"])
+def test_packed_calls_take_masks(impl: str) -> None:
+    """Ranges of all rows cut at the wrong rows, in forward or backward."""
+    starts_q, starts_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 60, 60], [0, 9, 64, 70]))
+    ids = (torch.arange(55) // 17).expand(3, 55)
+    mask = (FirstKeys(2) | Window(9, 0)) & Documents(ids)
+    q, k, v = (torch.randn(n, 2, 8, dtype=torch.float64, requires_grad=True) for n in (60, 70, 70))
+    out = attention_varlen(q, k, v, starts_q, starts_k, mask=mask, impl=impl)
+    want = []
+    for row, stop, col, last in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
+        one = (x[None, a:b].transpose(1, 2) for x, a, b in ((q, row, stop), (k, col, last), (v, col, last)))
+        alone = (FirstKeys(2) | Window(9, 0)) & Documents(ids[0, : last - col])
+        want.append(attention(*one, mask=alone, impl="reference")[0].transpose(0, 1))
+    torch.testing.assert_close(out, torch.cat(want))
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(torch.cat(want), (q, k, v), dout)
+    for x, y in zip(torch.autograd.grad(out, (q, k, v), dout), grads, strict=True):
+        torch.testing.assert_close(x, y)
