@@ -63,7 +63,7 @@ def choose(impl: str | None, inputs: Inputs, spec: AttentionSpec) -> str:
 def run(inputs: Inputs, spec: AttentionSpec, impl: str, want: Collection[str] = ()) -> AttentionStats:
     """out and lse by what `choose` returned, and those of the other statistics that `want` names.
 
-    The spec must be that of a call which wants them: `validation.make_spec`.
+    The spec must be that of a call which wants them: `options.make_spec`.
     """
     max_logit = entropy = key_mass = None
     if inputs.sinks is not None and spec.want_lse:  # read twice: gradients are added before they are rounded

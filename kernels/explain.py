@@ -13,9 +13,9 @@ from . import dispatch, evidence, nested
 from .flops import backward_flops, forward_flops, lengths
 from .functional import prepare, with_options
 from .mask_work import left_by_mask
+from .options import check_want
 from .sequences import Sequences
 from .spec import IMPLEMENTATIONS, AttentionOptions, AttentionSpec, Inputs
-from .validation import check_want
 from .visibility import key_bounds
 
 if TYPE_CHECKING:

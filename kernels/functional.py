@@ -16,10 +16,11 @@ from torch import Tensor
 from . import dispatch, nested
 from .mask_algebra import Mask
 from .masks import compiled
+from .options import as_bool, check_want, make_spec
 from .sequences import Sequences, unpacked
 from .spec import DEFAULTS, DTYPES, AttentionOptions, AttentionSpec, AttentionStats, Inputs
 from .tracing import constant_when_traced
-from .validation import as_bool, check_tensor, check_want, make_inputs, make_spec
+from .validation import check_tensor, make_inputs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -1,7 +1,8 @@
 """What a call asks for: the tensors and the options, and what becomes of them.
 
-Every public call is turned into two values before anything is computed, by `validation`: `Inputs` (the
-tensors) and `AttentionSpec` (everything else, hashable). Implementations see nothing but these two.
+Every public call is turned into two values before anything is computed: `Inputs` (the tensors), by
+`validation`, and `AttentionSpec` (everything else, hashable), by `options`. Implementations see nothing but
+these two.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ from triton import knobs
 from undivided.bench.static.absent_gpu import absent_gpu
 from undivided.bench.static.targets import TARGETS
 from undivided.kernels.spec import DEFAULTS, Needs
-from undivided.kernels.validation import make_inputs, make_spec
+from undivided.kernels.options import make_spec
+from undivided.kernels.validation import make_inputs
 from undivided.kernels.triton import attention_backward, attention_forward
 
 keys = {}

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...kernels import spec as contract
 from ...kernels.biases import ALiBi
+from ...kernels.options import make_spec
 from ...kernels.triton import attention_backward, attention_forward
-from ...kernels.validation import make_inputs, make_spec
+from ...kernels.validation import make_inputs
 from .absent_gpu import absent_gpu
 from .report import Row, Variant, figures, kernel_name
 from .targets import TARGETS
