@@ -35,7 +35,9 @@ def mask_reader(
 
 def masks(impl: str, problem: Problem, device: torch.device) -> tuple[Tensor, Tensor]:
     """What forward kept, [batch, heads, rows, cols], and backward's, [batch, heads, cols, rows]."""
-    moved = problem._replace(**{n: getattr(problem, n).to(device) for n in ("q", "k", "v", "dout", "dlse", "dentropy")})
+    moved = problem._replace(
+        **{n: getattr(problem, n).to(device) for n in ("q", "k", "v", "dout", "dlse", "dentropy")}
+    )
     results = evaluate(ours(impl), moved)
     return results.out.cpu(), results.dv[..., : problem.q.shape[2]].cpu()
 

@@ -85,7 +85,10 @@ def test_the_order_of_keys_does_not_matter(impl: str, device: torch.device) -> N
     permuted = oracle._replace(
         **{
             field: getattr(oracle, field)._replace(
-                dk=getattr(oracle, field).dk[:, :, order], dv=getattr(oracle, field).dv[:, :, order]
+                **{
+                    name: getattr(getattr(oracle, field), name)[:, :, order]
+                    for name in ("dk", "dv", "key_mass")
+                }
             )
             for field in ("value", "cond", "score_cond", "underflow")
         }
@@ -200,7 +203,9 @@ def test_one_entry_alone_is_one_of_a_batch(impl: str, device: torch.device) -> N
     for i in range(3):
         alone = evaluate(
             ours(impl),
-            problem._replace(**{n: getattr(problem, n)[i : i + 1] for n in ("q", "k", "v", "dout", "dlse")}),
+            problem._replace(
+                **{n: getattr(problem, n)[i : i + 1] for n in ("q", "k", "v", "dout", "dlse", "dentropy")}
+            ),
         )
         for name, x, y in zip(Results._fields, alone, together):
             assert x is None or torch.equal(x, y[i : i + 1]), name
