@@ -147,8 +147,8 @@ class Case:
         if self.entropy:
             dentropy = torch.randn(dlse.shape, generator=generator, dtype=dlse.dtype)
             dout, dlse = torch.zeros_like(dout), torch.zeros_like(dlse)
-        grads = dout, dlse.to(device), dentropy.to(device)
-        return Problem(q, k, v, options, *grads, self.top_left, sequences)
+        dlse, dentropy = dlse.to(device), dentropy.to(device)
+        return Problem(q, k, v, options, dout, dlse, dentropy, self.top_left, sequences)
 
 
 class Problem(NamedTuple):
@@ -194,9 +194,12 @@ class Problem(NamedTuple):
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Problem:
         """The same problem with change(x) for each of its tensors x."""
         options = {name: _changed(x, change) for name, x in self.options.items()}
-        q, k, v, *grads = map(change, (*self[:3], self.dout, self.dlse, self.dentropy))
+        q, k, v, dout, dlse, dentropy = map(change, (*self[:3], self.dout, self.dlse, self.dentropy))
+        given = cast(AttentionOptions, options)
         sequences = None if self.sequences is None else Sequences(*_changed(tuple(self.sequences), change))
-        return Problem(q, k, v, cast(AttentionOptions, options), *grads, self.top_left, sequences)
+        return Problem(
+            q, k, v, cast(AttentionOptions, options), dout, dlse, dentropy, self.top_left, sequences
+        )
 
     def of_entries(self, entries: list[int]) -> Problem:
         """The problem of some batch entries, in that order."""
@@ -213,8 +216,8 @@ class Problem(NamedTuple):
         lengths = self.options.get("key_lengths")
         if lengths is not None:
             options["key_lengths"] = lengths[entries]
-        q, k, v, *grads = (x[entries] for x in (*self[:3], self.dout, self.dlse, self.dentropy))
-        return Problem(q, k, v, cast(AttentionOptions, options), *grads, self.top_left)
+        q, k, v, dout, dlse, dentropy = (x[entries] for x in (*self[:3], self.dout, self.dlse, self.dentropy))
+        return Problem(q, k, v, cast(AttentionOptions, options), dout, dlse, dentropy, self.top_left)
 
     def has_empty_rows(self) -> bool:
         """Whether some query sees no key, or only scores of -inf."""

@@ -9,14 +9,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from ..kernels.spec import AttentionStats
 from .budget import Arithmetic
 from .cases import Case, Problem
 from .guard import require
 
-Attend = Callable[[Problem], "tuple[Tensor | None, ...]"]
+Attend = Callable[[Problem], tuple[Any, ...]]
 """The first fields of an `AttentionStats`, out and as many others as there are, of a problem; out, lse and
 entropy attached to its q, k, v and bias."""
 
@@ -187,7 +186,7 @@ def target(function: Callable[..., Any], name: str | None = None, **capabilities
     """
     claims = claim(Capabilities(), capabilities)
 
-    def attend(problem: Problem) -> tuple[Tensor | None, ...]:
+    def attend(problem: Problem) -> tuple[Any, ...]:
         where = problem.sequences
         if where is None:
             answer = function(problem.q, problem.k, problem.v, **problem.given_options())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ def probes(subject: Subject) -> Iterator[Probe]:
         yield Probe("key_mass with dropout is", BEFORE_DROPOUT, partial(_key_mass, subject))
 
 
-def _equal_keys(subject: Subject, **options: object) -> Problem:
+def _equal_keys(subject: Subject, **options: Any) -> Problem:
     """Every key of every query has the same score."""
     problem = subject.problem(subject.rows(5, KEYS), KEYS, **options)
     problem.q[..., 0] = SCORE / subject.scale
