@@ -195,7 +195,6 @@ class Problem(NamedTuple):
         """The same problem with change(x) for each of its tensors x."""
         options = {name: _changed(x, change) for name, x in self.options.items()}
         q, k, v, dout, dlse, dentropy = map(change, (*self[:3], self.dout, self.dlse, self.dentropy))
-        given = cast(AttentionOptions, options)
         sequences = None if self.sequences is None else Sequences(*_changed(tuple(self.sequences), change))
         return Problem(
             q, k, v, cast(AttentionOptions, options), dout, dlse, dentropy, self.top_left, sequences
