@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,17 +11,29 @@ import torch
 from torch import Tensor
 
 from . import mask_tiles
-from .mask_intervals import UNBOUNDED, Band, Call, Interval, Rows, band, holds, intersected, united
+from .mask_intervals import (
+    UNBOUNDED,
+    Band,
+    Call,
+    Interval,
+    Ranges,
+    Rows,
+    as_ranges,
+    band,
+    holds,
+    intersected,
+    united,
+)
 from .mask_tiles import Tiles
 from .validation import check_tensor
-from .visibility import block_of
+from .visibility import block_of, rows_of_keys
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _T = TypeVar("_T")
 _KEPT = 4
-"""Kinds of calls whose tiles a mask remembers."""
+"""Kinds of calls that a mask remembers."""
 
 
 class Mask:
@@ -215,19 +228,62 @@ class Mask:
 
         return shown
 
+    def _ranges(self, call: Call, within: Band) -> Ranges | None:
+        """Intervals of what the mask and a band both show, if that can be; kept like tiles."""
+        rows = slice(0, call.seqlen_q)
+
+        def made() -> Ranges | None:
+            place = Rows.between(rows, call.shift, call.seqlen_k, call.batch, call.heads, call.device)
+            return self._ranges_of(place, within, call.seqlen_k)
+
+        return made() if _is_watched(call.device) else self._kept("ranges", call, within, made)
+
+    def _ranges_of(
+        self,
+        rows: Rows,
+        within: Band,
+        seqlen_k: int,
+        spans_q: Tensor | None = None,
+        spans_k: Tensor | None = None,
+    ) -> Ranges | None:
+        """The same for any rows; spans: those of `Inputs`, of a packed call."""
+        found = self._intervals(rows)
+        intervals = None if found is None else intersected(found, [band(*within, rows)])
+        if intervals is None:
+            return None
+        ranges = as_ranges(intervals, rows)
+        return Ranges(ranges, rows_of_keys(ranges, seqlen_k, spans_q, spans_k))
+
     def _tiles(self, call: Call, within: Band = UNBOUNDED) -> Tiles:
         """Tiles of what the mask and a band both show; kept until a tensor in it changes."""
+
+        def made() -> Tiles:
+            return mask_tiles.build(self._asked(call, within), call.seqlen_q, call.seqlen_k, call.device)
+
+        return self._kept("tiles", call, within, made)
+
+    def _kept(self, what: str, call: Call, within: Band, made: Callable[[], _T]) -> _T:
+        """What is made for a call, or was made for one like it."""
         versions = tuple(0 if x.is_inference() else x._version for a in self._atoms() for x in a._tensors())
-        kept: dict[Any, Tiles] = vars(self).setdefault("_built", {})
-        key = (call, within, versions)
+        kept: dict[Any, Any] = vars(self).setdefault("_built", {})
+        key = (what, call, within, versions)
         if key not in kept:
             while len(kept) >= _KEPT:
                 kept.pop(next(iter(kept)))
             with torch.inference_mode(False):  # a later call may save them for its backward
-                kept[key] = mask_tiles.build(
-                    self._asked(call, within), call.seqlen_q, call.seqlen_k, call.device
-                )
-        return kept[key]
+                kept[key] = made()
+        result: _T = kept[key]
+        return result
+
+
+def _is_watched(device: torch.device) -> bool:
+    """Whether tensors made now are a tracer's or a transform's, or must be made anew at each replay."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
 
 
 class Atom(Mask):

@@ -20,6 +20,13 @@ _FAR = 2**30
 """Further than any key; sums with positions stay within int32."""
 
 
+class Ranges(NamedTuple):
+    """What `Inputs` says in its fields of these names."""
+
+    ranges: Tensor
+    key_ranges: Tensor
+
+
 class Call(NamedTuple):
     """What a mask is asked about: sizes of a call, and where query 0 stands. packed: batch is the number of
     sequences, seqlen_q and seqlen_k are those of all."""

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .mask_algebra import Atom, Dense, Mask, described
-from .mask_intervals import Band, Call, Interval, Rows, as_ranges, band, intersected
+from .mask_intervals import Band, Call, Interval, Rows, band
 from .spec import AttentionSpec, Inputs
 from .validation import check_tensor
-from .visibility import rows_of_keys
 
 ALIGNMENTS = ("bottom-right", "top-left")
 
@@ -282,13 +281,13 @@ def compiled(
     padding = _without_rows(mask)
     if padding is not None and not packed:
         return inputs._replace(mask=padding), spec
-    rows = Rows.of(inputs, spec)
-    found = mask._intervals(rows)
-    intervals = None if found is None else intersected(found, [band(*within, rows)])
+    if packed:
+        found = mask._ranges_of(Rows.of(inputs, spec), within, seqlen_k, inputs.spans_q, inputs.spans_k)
+    else:
+        found = mask._ranges(call, within)
     spec = spec._replace(left=None, right=None)
-    if intervals is not None:
-        inputs = inputs._replace(ranges=as_ranges(intervals, rows))
-        return inputs._replace(key_ranges=rows_of_keys(inputs)), spec
+    if found is not None:
+        return inputs._replace(**found._asdict()), spec
     if packed:
         raise NotImplementedError(
             f"packed sequences take masks that show each query at most two intervals of keys, got {mask!r}"

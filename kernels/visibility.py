@@ -113,11 +113,11 @@ def owners(spans: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
     return sequence, (place - start).clamp_min(0), (place >= start) & (place < stop)
 
 
-def rows_of_keys(inputs: Inputs) -> Tensor:
+def rows_of_keys(
+    ranges: Tensor, seqlen_k: int, spans_q: Tensor | None = None, spans_k: Tensor | None = None
+) -> Tensor:
     """`Inputs.key_ranges`: as no bound of ranges decreases along the rows, those of a key are an interval."""
-    ranges, spans_q, spans_k = inputs.ranges, inputs.spans_q, inputs.spans_k
-    assert ranges is not None
-    seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
+    seqlen_q = ranges.shape[2]
     key = torch.arange(seqlen_k, dtype=torch.int32, device=ranges.device).expand(ranges.shape[0], -1)
     before: Tensor | int = 0
     if spans_q is not None and spans_k is not None:  # counted on the whole axes, no bound decreases either

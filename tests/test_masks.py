@@ -630,3 +630,19 @@ def test_packed_calls_take_masks(impl: str) -> None:
     grads = torch.autograd.grad(torch.cat(want), (q, k, v), dout)
     for x, y in zip(torch.autograd.grad(out, (q, k, v), dout), grads, strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_intervals_are_made_once_for_calls_alike() -> None:
+    """Catches a mask that every layer of a model compiles anew, and one that an edit in place leaves old."""
+    ids = torch.tensor([0] * 5 + [1] * 6)
+    mask, (q, k, v) = Documents(ids), (torch.randn(1, 2, 11, 8) for _ in range(3))
+    first, again, other = (
+        prepare(q, k, v, {"mask": mask, "causal": causal})[0] for causal in (True, True, False)
+    )
+    assert again.ranges is first.ranges
+    assert again.key_ranges is first.key_ranges
+    assert other.ranges is not first.ranges
+    ids[5] = 0
+    changed = prepare(q, k, v, {"mask": mask, "causal": True})[0]
+    assert changed.ranges is not None
+    assert int(changed.ranges[0, 0, 5]) == 0

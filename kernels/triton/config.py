@@ -196,11 +196,23 @@ BUSY: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
 }
 
 # Calls that ask ranges alone, and those that go through lists of tiles, which are busy as well.
+_AMPERE_RANGES: Mapping[Kernel, Mapping[int, TileConfig]] = {
+    "forward": {64: TileConfig(128, 64, 8, 2)},
+    "dq": {128: TileConfig(128, 32, 8, 2)},
+}
+_CONSUMER_RANGES: Mapping[Kernel, Mapping[int, TileConfig]] = {
+    "forward": {64: TileConfig(128, 64, 8, 2), 128: TileConfig(128, 32, 8, 2)},
+    "dq": {128: TileConfig(64, 32, 8, 2)},
+}
 _HOPPER_RANGES: Mapping[Kernel, Mapping[int, TileConfig]] = {"dq": {64: TileConfig(128, 64, 8, 2)}}
 _HOPPER_TILES: Mapping[Kernel, Mapping[int, TileConfig]] = {"dq": {128: TileConfig(128, 32, 8, 2)}}
 RANGES: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
+    "sm_80": _AMPERE_RANGES,
+    "sm_86": _CONSUMER_RANGES,
+    "sm_89": _CONSUMER_RANGES,
     "sm_90": _HOPPER_RANGES,
     "sm_100": _HOPPER_RANGES,
+    "sm_120": _CONSUMER_RANGES,
 }
 TILES: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
     "sm_90": _HOPPER_TILES,
