@@ -144,7 +144,7 @@ def test_bit_for_bit_as_each_sequence_alone(impl: str, option: str) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_drops_what_it_drops_padded(impl: str, causal: bool) -> None:
     """Dropout's bits counted from the first token of all, or by the number within a batch of neighbours."""
-    lengths = [0, 5, 5, 0, 12, 3, 3, 3, 0]
+    lengths = [0, 5, 5, 0, 5, 12, 3, 3, 3, 0]  # equal ones on both sides of an empty one
     cu = cu_seqlens(lengths)
     q, k, v = (randn(sum(lengths), heads, 8, seed=heads) for heads in (4, 2, 2))
     padded = torch.zeros(3, len(lengths), max(lengths), 4, 8, dtype=torch.float64)
@@ -339,6 +339,22 @@ def test_computes_no_scores_between_sequences(
     q = randn(sum(lengths), 2, 8).requires_grad_()
     attention_varlen(q, q, q, cu_seqlens(lengths), **options).sum().backward()
     assert sum(scores) == 2 * 2 * sum(n * n for n in lengths)
+
+
+def test_what_sequences_share_is_rounded_once() -> None:
+    """Shares in 16 bits: alike, so that their roundings add up."""
+    q = randn(3, 4, 8, dtype=torch.float32).repeat(200, 1, 1)
+    narrow = SLOPES.detach().bfloat16(), randn(4, 3, 3).bfloat16()
+
+    def gradients(slopes: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        leaves = slopes.requires_grad_(), bias.requires_grad_()
+        options = {"bias": (bias, ALiBi(slopes)), "deterministic": "batch"}
+        out = attention_varlen(q, q, q, cu_seqlens([3] * 200), max_seqlen_q=3, **options)
+        return torch.autograd.grad(out.square().sum() + out[:, :, 0].sum(), leaves)
+
+    wide = gradients(*(x.float() for x in narrow))
+    for x, y in zip(gradients(*narrow), wide, strict=True):
+        assert torch.equal(x, y.bfloat16())
 
 
 def test_neighbours_of_equal_lengths_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
