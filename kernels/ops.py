@@ -57,8 +57,18 @@ def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> Results:
         or any(x is not None and x.requires_grad for x in inputs[3:N_GRADIENTS])
     ):
         function = _Attention
+        if torch.compiler.is_compiling():
+            inputs = _each_once(inputs)
         return function.apply(*inputs, spec, impl)
     return _call_forward(inputs, spec, impl)
+
+
+def _each_once(inputs: Inputs) -> Inputs:
+    """Views in place of tensors that occur before: torch.compile gives no Function the same tensor twice."""
+    given: list[Tensor | None] = []
+    for x in inputs:
+        given.append(x.view_as(x) if x is not None and any(x is y for y in given) else x)
+    return Inputs._make(given)
 
 
 def _call_forward(inputs: Inputs, spec: AttentionSpec, impl: str) -> Results:

@@ -261,11 +261,10 @@ def _forward_kernel(
         visits, n_whole, n_listed = visibility.visits_of(
             visits_ptr, visits_strides, batch, head, first_row // visibility.TILE
         )
-        window = (0, n_keys, n_keys, shift, None, None, None, None)
-        stretch = (0, 0, n_whole * visibility.TILE, n_listed * visibility.TILE)
         state = _attend_to(
-            state, q, keys, pairs, dropout, where, window,
-            (visits, tiles_ptr, tiles_strides, bits_ptr, first_row), stretch, unit, scale, softcap,
+            state, q, keys, pairs, dropout, where, (0, n_keys, n_keys, shift, None, None, None, None),
+            (visits, tiles_ptr, tiles_strides, bits_ptr, first_row),
+            (0, 0, n_whole * visibility.TILE, n_listed * visibility.TILE), unit, scale, softcap,
             BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, lengths_ptr is not None, TMA, False, PRECISION,
         )  # fmt: skip
     elif ranges_ptr is not None:
@@ -275,20 +274,19 @@ def _forward_kernel(
             )
             stretch = visibility.span_of(limits, n_keys, BLOCK_K)
             seen_by = (key_ranges_ptr, key_ranges_step, batch, keyed[1], seqlen_k, SEGMENTS)
-            window = (stretch[0], stretch[3], n_keys, shift, None, None, limits, seen_by)
             state = _attend_to(
-                state, q, keys, pairs, dropout, where, window, (None, None, None, None, None), stretch,
-                unit, scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, False, TMA, False, PRECISION,
+                state, q, keys, pairs, dropout, where,
+                (stretch[0], stretch[3], n_keys, shift, None, None, limits, seen_by),
+                (None, None, None, None, None), stretch, unit, scale, softcap,
+                BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, False, TMA, False, PRECISION,
             )  # fmt: skip
     else:
-        stretch = visibility.visible_keys(
-            first_row, n_rows, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
-        )  # fmt: skip
-        window = (stretch[0], stretch[3], n_keys, shift, left, right, None, None)
+        stretch = visibility.visible_keys(first_row, n_rows, n_keys, shift, left, right, BLOCK_Q, BLOCK_K)
         state = _attend_to(
-            state, q, keys, pairs, dropout, where, window, (None, None, None, None, None), stretch, unit,
-            scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, left is not None, False, TMA, WARP_SPECIALIZE,
-            PRECISION,
+            state, q, keys, pairs, dropout, where,
+            (stretch[0], stretch[3], n_keys, shift, left, right, None, None),
+            (None, None, None, None, None), stretch, unit, scale, softcap,
+            BLOCK_K, HEAD_DIM, HEAD_DIM_V, left is not None, False, TMA, WARP_SPECIALIZE, PRECISION,
         )  # fmt: skip
 
     acc, row_max, row_sum = state

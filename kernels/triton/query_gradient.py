@@ -237,9 +237,9 @@ def dq_kernel(
         visits, n_whole, n_listed = visibility.visits_of(
             visits_ptr, visits_strides, batch, head, first_row // visibility.TILE
         )
-        window = (n_keys, shift, None, None, None, None, 0, 0, 0, n_keys)
         sums = _gather_from_stretch(
-            sums, outputs, q, dout, offset, delta, keys, pairs, dropout, where, window,
+            sums, outputs, q, dout, offset, delta, keys, pairs, dropout, where,
+            (n_keys, shift, None, None, None, None, 0, 0, 0, n_keys),
             (visits, tiles_ptr, tiles_strides, bits_ptr, first_row), n_whole * visibility.TILE,
             n_listed * visibility.TILE, 0, n_whole * visibility.TILE, unit, scale, softcap,
             BLOCK_K, HEAD_DIM, HEAD_DIM_V, lengths_ptr is not None, PRECISION,
@@ -249,9 +249,9 @@ def dq_kernel(
             limits = visibility.limits_of(ranges_ptr, ranges_step, batch, asking[1], seqlen_q, rows, segment)
             lo, full_lo, full_hi, hi = visibility.span_of(limits, n_keys, BLOCK_K)
             seen_by = (key_ranges_ptr, key_ranges_step, batch, keyed[1], seqlen_k, SEGMENTS)
-            window = (n_keys, shift, None, None, limits, seen_by, lo, full_lo, full_hi, hi)
             sums = _gather_from_stretch(
-                sums, outputs, q, dout, offset, delta, keys, pairs, dropout, where, window,
+                sums, outputs, q, dout, offset, delta, keys, pairs, dropout, where,
+                (n_keys, shift, None, None, limits, seen_by, lo, full_lo, full_hi, hi),
                 (None, None, None, None, None), lo, hi - (full_hi - full_lo) + BLOCK_K - 1, full_lo, full_hi,
                 unit, scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, PRECISION,
             )  # fmt: skip
@@ -259,9 +259,9 @@ def dq_kernel(
         lo, full_lo, full_hi, hi = visibility.visible_keys(
             first_row, n_rows, n_keys, shift, left, right, BLOCK_Q, BLOCK_K
         )
-        window = (n_keys, shift, left, right, None, None, lo, full_lo, full_hi, hi)
         sums = _gather_from_stretch(
-            sums, outputs, q, dout, offset, delta, keys, pairs, dropout, where, window,
+            sums, outputs, q, dout, offset, delta, keys, pairs, dropout, where,
+            (n_keys, shift, left, right, None, None, lo, full_lo, full_hi, hi),
             (None, None, None, None, None), lo, hi - (full_hi - full_lo) + BLOCK_K - 1, full_lo, full_hi,
             unit, scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, PRECISION,
         )  # fmt: skip
