@@ -26,7 +26,7 @@ over many channels: with one value channel, or one that outweighs the others, no
 
 FULL_PRECISION = {
     "out": 4.0,
-    "dq": 2.0,
+    "dq": 3.0,
     "dk": 5.0,
     "dv": 16.0,
     "dbias": 5.0,

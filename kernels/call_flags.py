@@ -38,6 +38,8 @@ class Call:
     sinks: bool = False
     scale: float | None = None
     dropout_p: float = 0.0
+    deterministic: str | None = None
+    precise: bool = False
 
     @classmethod
     def of(cls, given: argparse.Namespace) -> Call:
@@ -75,6 +77,8 @@ class Call:
             "sinks": empty((self.heads,), dtype) if self.sinks else None,
             "scale": self.scale,
             "dropout_p": self.dropout_p,
+            "deterministic": self.deterministic,
+            "precise": self.precise,
         }
         return (
             empty((self.batch, self.heads, self.seqlen, self.head_dim), dtype),
@@ -112,6 +116,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--sinks", action="store_true", help="a logit per head joins the denominator")
     group.add_argument("--scale", type=float, metavar="X", help="factor of the scores (1/sqrt(head_dim))")
     group.add_argument("--dropout-p", type=float, default=0.0, metavar="P", help="probability (0)")
+    group.add_argument("--deterministic", choices=("batch",), help="entries do not depend on each other")
+    group.add_argument("--precise", action="store_true", help="backward's delta is not made of a rounded out")
     return sizes
 
 

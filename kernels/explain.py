@@ -40,6 +40,7 @@ class Explanation:
     flops_forward, flops_backward: useful operations, counted from the scores that causal, window and a mask
     object leave, whose values are read where there are any.
     bytes_forward: size of the tensors a forward must read and write once.
+    second_pass: statistics that PyTorch makes after the chosen implementation, from its lse.
     tiles, tiles_visited: tiles of 128 x 128 scores per batch entry and head, of all packed sequences and per
     head, and how many these leave to visit.
     """
@@ -53,12 +54,17 @@ class Explanation:
     bytes_forward: int
     tiles: int
     tiles_visited: int
+    second_pass: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [self.call, f"  runs       {self.chosen or 'nothing: the order cannot be followed'}"]
         lines.append(f"  evidence   {self.evidence}")
         for name, reasons in self.reasons.items():
             lines += [f"  not {name:<11}{reason}" for reason in reasons]
+        if self.second_pass:
+            lines.append(
+                f"  then       a second pass over the scores, in PyTorch: {', '.join(self.second_pass)}"
+            )
         skipped = self.tiles - self.tiles_visited
         lines += [
             f"  work       {_si(self.flops_forward)}FLOP forward, {_si(self.flops_backward)}FLOP backward",
@@ -115,6 +121,7 @@ def explain(
         bytes_forward=_bytes(inputs),
         tiles=sum(-(-seqlen_q // TILE) * -(-seqlen_k // TILE) for seqlen_q, seqlen_k in sizes),
         tiles_visited=sum(_tiles_visited(spec, *both) for both in sizes) if left is None else left.tiles,
+        second_pass=tuple(name for name in want or () if name in ("entropy", "key_mass")),
     )
 
 
@@ -164,7 +171,11 @@ def _describe(inputs: Inputs, spec: AttentionSpec) -> str:
         if getattr(inputs, x) is not None
     ]
     parts += [_IN_WORDS.get(name, name) for name in given]
-    parts += [f"{name} {getattr(spec, name)}" for name in ("softcap", "dropout_p") if getattr(spec, name)]
+    parts += [
+        f"{name} {getattr(spec, name)}"
+        for name in ("softcap", "dropout_p", "precise", "batch_invariant")
+        if getattr(spec, name)
+    ]
     return "; ".join([*parts, f"scale {spec.scale:g}"])
 
 

@@ -70,6 +70,15 @@ def test_every_option_of_attention_is_a_flag(name: str, capsys: pytest.CaptureFi
     assert f"--{name.replace('_', '-')}" in capsys.readouterr().out
 
 
+def test_statistics_of_a_second_pass_are_said() -> None:
+    """Catches a call that is taken for one kernel, and is a kernel and a pass of PyTorch's."""
+    q = meta(1, 2, 8, 64)
+    assert "second pass over the scores, in PyTorch: entropy" in str(
+        explain(q, q, q, want=("lse", "entropy"))
+    )
+    assert "second pass" not in str(explain(q, q, q, want=("lse", "max_logit")))
+
+
 def test_flags_reach_attention(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a flag that is accepted and dropped."""
     sizes = ("--batch", "2", "--heads", "4", "--heads-kv", "2", "--seqlen", "8", "--head-dim", "16")

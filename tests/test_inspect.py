@@ -350,6 +350,7 @@ def test_a_call_and_its_flags_are_the_same() -> None:
     call = call_flags.Call(
         batch=2, heads_kv=4, head_dim_v=32, causal=True, window=(None, 0), mask=(8, 8), key_lengths=True,
         bias=(1, 1, 1, 8), alibi=True, softcap=30.0, sinks=True, scale=-0.5, dropout_p=0.1, dtype="float16",
+        deterministic="batch", precise=True,
     )  # fmt: skip
     parser = argparse.ArgumentParser()
     call_flags.add_arguments(parser)
