@@ -31,7 +31,7 @@ def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_sample_of_the_shipped_kernels_passes_its_gates(tmp_path: Path) -> None:
     """Spills, a lost matrix instruction or a kernel that no longer fits show here, long before a GPU.
 
-    (hazard D8, T7)
+    So does an option that costs something where it is absent. (hazard D8, T7)
     """
     command = ["-m", "undivided.bench.static", "--options", "plain", "bias", "--json", "figures.json"]
     done = python(*command, folder=tmp_path)

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOT_SHIPPED = {"tests", "examples", "build", "dist"}
-DATA = {"py.typed", "kernels/evidence.json", "interop/demo/sample.csv"}
+DATA = {"py.typed", "kernels/evidence.json", "interop/demo/sample.csv", "bench/static/record.json"}
 
 # Who may import from whom; "" is the root: __init__.py and __main__.py.
 FOLDERS = {

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import triton.language as tl  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from undivided.bench.static import __main__ as lane  # noqa: E402
-from undivided.bench.static import document, gates, report, sass  # noqa: E402
+from undivided.bench.static import document, gates, record, report, sass  # noqa: E402
 from undivided.bench.static.absent_gpu import absent_gpu  # noqa: E402
 from undivided.bench.static.instructions import classify, product_of  # noqa: E402
 from undivided.bench.static.loops import hot_loops  # noqa: E402
@@ -195,6 +196,68 @@ def test_gates_catch_planted_faults(fault: dict[str, Any], word: str) -> None:
 def test_what_does_not_compile_misses_the_gate() -> None:
     row = report.Row("sm_90", "forward", VARIANT, None, "OutOfResources: shared memory")
     assert list(gates.failures(row)) == ["does not compile: OutOfResources: shared memory"]
+
+
+def recorded_row(**changes: Any) -> report.Row:
+    """The plain forward as it was recorded, with changes."""
+    version, entries = record.recorded()
+    entry = entries["sm_90", "forward", VARIANT]
+    loop = dataclasses.replace(GOOD.main_loop, slots=changes.pop("slots", 1.0) * entry.slots)
+    figures = dataclasses.replace(GOOD, main_loop=loop, **changes)
+    return report.Row("sm_90", "forward", VARIANT, figures, triton=version)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"slots": 1.02}, "slots per score"),  # an instruction in six scores
+        ({"slots": 0.98}, "slots per score"),  # better: to be recorded
+        ({"spills_in_loops": 1}, "1 spills inside loops"),
+    ],
+)
+def test_a_plain_kernel_that_differs_from_its_record_is_noticed(change: dict[str, Any], word: str) -> None:
+    """An option that costs something where nobody asks for it, below the margin of the gates."""
+    assert list(record.differences(recorded_row(slots=1.005))) == []
+    (sentence,) = record.differences(recorded_row(**change))
+    assert word in sentence
+    other = dataclasses.replace(recorded_row(**change), triton="3.6.1")
+    assert list(record.differences(other)) == []
+    assert record.said([other]).startswith("not compared")
+    assert record.said([recorded_row()]).startswith("1 kernels compared")
+
+
+def test_every_kernel_of_a_plain_or_causal_call_is_recorded() -> None:
+    """A kernel that lost its loop, or its name, drops out of the record and is compared no more."""
+    kernels = ("forward", "dkdv", "dq")
+    expected = {(name, kernel, variant) for name, variant in record.cases() for kernel in kernels}
+    assert set(record.recorded()[1]) == expected
+
+
+def test_what_was_recorded_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that its own rows differ from."""
+    rows = [recorded_row(slots=1.2345), dataclasses.replace(recorded_row(), architecture="sm_80")]
+    rows = [dataclasses.replace(row, triton=triton.__version__) for row in rows]
+    without_a_loop = dataclasses.replace(GOOD, main_loop=None)
+    monkeypatch.setattr(record, "_FILE", tmp_path / "record.json")
+    try:
+        record.write([*rows, report.Row("sm_90", "row_statistics", VARIANT, without_a_loop)])
+        assert len(record.recorded()[1]) == 2
+        assert [*map(list, map(record.differences, rows))] == [[], []]
+    finally:
+        monkeypatch.undo()
+        record.recorded.cache_clear()
+
+
+def test_a_part_of_the_record_is_not_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other half would be gone."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(lane, "compile_all", lambda *_: [])
+    for part in (["--head-dim", "64"], ["--arch", "sm_90"], ["--options", "plain"]):
+        with pytest.raises(SystemExit):
+            lane.main(["--record-slots", *part])
+        assert "--record-slots" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", [[], ["--full", "--head-dim", "64"], ["--full", "--options", "plain"]])

@@ -1,6 +1,6 @@
 """Compile the shipped kernels for GPUs that need not be there, and judge what came out.
 
-Exit status 1 if a kernel misses a gate.
+Exit status 1 if a kernel misses a gate, or a plain or causal one differs from what is recorded of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 from triton import knobs
 
 from ...kernels import evidence
-from . import document
+from . import document, record
 from .gates import failures
 from .processes import in_processes
 from .report import Row, Variant
@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--sample", action="store_true", help="what a change is checked with (default)")
     amount.add_argument("--full", action="store_true", help="every shipped variant; half an hour")
+    amount.add_argument(
+        "--record-slots", action="store_true", help="write record.json anew; a minute, pinned triton"
+    )
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="ARCH")
     parser.add_argument("--options", nargs="+", metavar="NAME", help="only these, 'plain' or 'mask' say")
     parser.add_argument("--head-dim", nargs="+", type=int, metavar="D", help="only these")
@@ -52,16 +55,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels do not compile")
     if options.record and (not options.full or options.options or options.head_dim):
         parser.error("--record speaks of whole architectures: --full, without --options and --head-dim")
+    if options.record_slots and (options.arch != [*TARGETS] or options.options or options.head_dim):
+        parser.error("--record-slots is of everything in record.json: without --arch, --options, --head-dim")
 
     cases = [
         (architecture, variant)
-        for architecture, variant in (full() if options.full else sample())
+        for architecture, variant in (
+            full() if options.full else record.cases() if options.record_slots else sample()
+        )
         if architecture in options.arch
         and (options.options is None or variant.options in options.options)
         and (options.head_dim is None or variant.head_dim in options.head_dim)
     ]
     rows = compile_all(cases, options.jobs)
-    misses = [list(failures(row)) for row in rows]
+    if options.record_slots:
+        record.write(rows)
+    misses = [[*failures(row), *record.differences(row)] for row in rows]
     lines = []
     for row, missed in zip(rows, misses):
         known = described(row)
@@ -74,10 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     missed_rows = sum(map(bool, misses))
     print(f"triton {triton.__version__}: {len(rows)} kernels, {missed_rows} miss a gate")
+    print(record.said(rows))
     if options.json:
         options.json.write_text(document.written(rows, missed=misses))
     if options.record:
-        record(rows)
+        note_evidence(rows)
     return 1 if missed_rows or not rows else 0
 
 
@@ -85,12 +95,12 @@ def compile_all(cases: Sequence[tuple[str, Variant]], jobs: int) -> list[Row]:
     """Compile every case, in as many processes as asked; says on stderr how far it is."""
 
     def remarks(row: Row) -> list[str]:
-        return [f"{row.kernel}: {missed}" for missed in failures(row)]
+        return [f"{row.kernel}: {missed}" for missed in (*failures(row), *record.differences(row))]
 
     return in_processes(compile_variant, cases, jobs, remarks)
 
 
-def record(rows: Sequence[Row]) -> None:
+def note_evidence(rows: Sequence[Row]) -> None:
     """Note the architectures of which every kernel compiled and fits."""
     architectures = {row.architecture for row in rows}
     failed = {row.architecture for row in rows if row.figures is None}
