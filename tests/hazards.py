@@ -126,7 +126,6 @@ ELSEWHERE = {
     "R4": "a GPU: many repetitions",
     "R5": "a GPU: many programs",
     "C3": "no operator writes into what it is given",
-    "C4": "no number stands for a size",
     "T1": "a GPU: every tile of the table",
     "T2": "nothing was taken from one",
     "T5": "Triton's own cache",

@@ -416,6 +416,28 @@ def test_compile_does_not_recompile_per_length() -> None:
     assert len(frames) == 1
 
 
+@pytest.mark.parametrize("kind", ["int", "int64 of numpy"])
+def test_compile_does_not_recompile_per_max_seqlen(kind: str) -> None:
+    """The longest of a step's sequences, taken for a constant: a graph for each step (hazard C4).
+
+    Two graphs at most: PyTorch takes a number for a constant until it sees another. fullgraph is for ints:
+    what Dynamo makes of numpy's numbers, it leaves to Python.
+    """
+    number: Any = int if kind == "int" else pytest.importorskip("numpy", reason="numpy is optional").int64
+
+    def call(q: Tensor, cu: Tensor, longest: int) -> Tensor:
+        return attention_varlen(q, q, q, cu, max_seqlen_q=longest, causal=True).sin()
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, q, frames = torch.compile(call, fullgraph=kind == "int", backend=counter), randn(30, 2, 8), []
+    for longest in (20, 25, 22, 27, 30):
+        cu = cu_seqlens([longest, 30 - longest])
+        assert torch.equal(compiled(q, cu, number(longest)), call(q, cu, longest))
+        frames.append(counter.frame_count)
+    assert len({*frames[1:]}) == 1, frames
+
+
 def test_vmap() -> None:
     """Examples that share cu_seqlens, folded into a batch axis that packed tensors do not have."""
     q, k, v = (torch.stack([x.detach(), x.detach().flip(0)]) for x in qkv())

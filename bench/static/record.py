@@ -70,7 +70,7 @@ def differences(row: Row) -> Iterator[str]:
     entry = entries.get((row.architecture, row.kernel, row.variant))
     if entry is None or row.figures is None or row.triton != version:
         return
-    slots = row.main_loop and row.main_loop.slots
+    slots = None if row.main_loop is None else row.main_loop.slots
     if slots is None or abs(slots - entry.slots) > TOLERANCE * entry.slots:
         found = "no" if slots is None else f"{slots:.2f}"
         yield f"{found} slots per score, {entry.slots:.2f} are recorded ({entry.registers} registers)"
