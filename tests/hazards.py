@@ -119,7 +119,6 @@ ELSEWHERE = {
     "L5": "a GPU: the interpreter has no alignment",
     "L14": "no out=",
     "D3": "a GPU",
-    "D4": "a GPU: the capture test of the GPU lane",
     "D5": "a GPU",
     "D6": "no module keeps buffers",
     "D9": "no heuristic asks how many multiprocessors there are",

@@ -83,6 +83,40 @@ def test_no_sequence_length_recompiles(tmp_path: Path) -> None:
     assert set(counts.values()) == {1}, counts
 
 
+WAITS = """
+import torch
+from triton import knobs
+from undivided import Documents
+from undivided.bench.static import variants
+from undivided.bench.static.absent_gpu import absent_gpu
+from undivided.bench.static.report import Variant
+from undivided.bench.static.targets import TARGETS
+from undivided.kernels.functional import prepare
+from undivided.kernels.sequences import Sequences
+
+launched = set()
+knobs.runtime.jit_cache_hook = lambda *, fn, **_: launched.add(fn.name) or True  # nothing is compiled
+x = torch.empty(64, 2, 16, dtype=torch.bfloat16, device="meta")
+numbers = torch.empty(3, 64, dtype=torch.int32, device="meta")
+prepare(x, x, x, {"causal": True}, sequences=Sequences(numbers[0], None, 32, 32))
+dense = x.transpose(0, 1).expand(3, 2, 64, 16)
+prepare(dense, dense, dense, {"mask": Documents(numbers), "key_lengths": numbers[:, 0]})
+with absent_gpu(TARGETS["sm_90"]):
+    for options in (*variants.OPTIONS, *variants.VISIBLE):
+        variants.call(Variant(64, "bfloat16", options))
+assert len(launched) == 5, launched
+"""
+
+
+def test_no_call_waits_for_its_device(tmp_path: Path) -> None:
+    """A number of a tensor that the host reads: a graph cannot be captured. Meta tensors have none to read.
+
+    From the public checks to the launches, forward and backward. (hazard D4)
+    """
+    done = python("-c", WAITS, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_readme_shows_the_evidence() -> None:
     """A table by hand would claim what nobody tried."""
     readme = (ROOT / "README.md").read_text()
