@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from undivided import ALiBi, attention_varlen
 from undivided.conformance.adapters import ours
 from undivided.conformance.budget import assert_within_budget
 from undivided.conformance.cases import Case, Extra, Problem
@@ -34,6 +36,7 @@ OPTIONS = (
     replace(ODD, name="dropout, ALiBi", dropout_p=0.3, alibi="h"),
     replace(ODD, name="documents", mask_object="causal documents"),
     replace(ODD, name="relative, precise", relative=(8, True), precise=True),
+    replace(ODD, name="packed", packed=((5, 33), (0, 9), (17, 17)), alibi="h"),
 )
 """Each option, and each gradient that sums over the batch."""
 
@@ -167,6 +170,81 @@ def test_mask_objects_say_nothing_of_neighbours(mask: str, impl: str, device: to
     for entry in range(3):
         alone = gradients(inputs, spec, problem, slice(entry, entry + 1), impl)
         assert differing(alone, of_entries(whole, [entry])) == []
+
+
+class Packings:
+    """Sequences of their own numbers, and what each gives in a call that packs some of them."""
+
+    lengths = ((17, 17), (0, 9), (5, 33), (40, 7), (17, 17), (1, 50))
+    """(rows, keys)"""
+    options: ClassVar[dict[str, dict[str, Any]]] = {
+        "plain": {},
+        "causal, key_lengths": {"causal": True, "key_lengths": torch.tensor([17, 3, 20, 0, 9, 50])},
+        "window, softcap": {"window": (20, 3), "softcap": 2.0, "precise": True},
+        "mask": {"mask": torch.arange(40 * 50).view(40, 50) % 3 > 0, "bias": ALiBi(torch.tensor([0.5, 0.1]))},
+    }
+
+    def __init__(self, impl: str, options: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.impl, self.given = impl, self.options[options]
+        generator = torch.Generator().manual_seed(0)
+        self.sequences = [
+            [
+                torch.randn(n, *shape, generator=generator).to(device, dtype if len(shape) > 1 else None)
+                for n, *shape in ((rows, 2, 16), (keys, 1, 16), (keys, 1, 16), (rows, 2, 16), (rows, 2))
+            ]
+            for rows, keys in self.lengths
+        ]
+        """q, k, v, dout, dlse of each"""
+
+    def results(self, numbers: Sequence[int], spare: int = 0) -> dict[int, Results]:
+        """Of each packed sequence; spare: tokens of nobody, NaN, behind the last one."""
+        lengths = [self.lengths[i] for i in numbers]
+        columns = [[*column] for column in zip(*(self.sequences[i] for i in numbers))]
+        packed = [torch.cat([*x, x[0].new_full((spare, *x[0].shape[1:]), torch.nan)]) for x in columns]
+        *leaves, dout, dlse = packed
+        device = dout.device
+        cu_q, cu_k = torch.tensor([(0, 0), *lengths]).cumsum(0).to(device, torch.int32).unbind(1)
+        options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.given.items()}
+        if "key_lengths" in options:
+            options["key_lengths"] = options["key_lengths"][[*numbers]]
+        if "bias" in options:
+            options["bias"] = ALiBi(options["bias"].slopes.to(device))
+        leaves = [x.requires_grad_() for x in leaves]
+        options |= {"max_seqlen_q": 40, "max_seqlen_k": 50, "deterministic": "batch", "impl": self.impl}
+        stats = attention_varlen(*leaves, cu_q.contiguous(), cu_k.contiguous(), want=("lse",), **options)
+        seen = slice(0, len(dout) - spare)  # what nobody owns has lse -inf, and no gradient to pass on
+        gradients = torch.autograd.grad((stats.out[seen], stats.lse[seen]), leaves, (dout[seen], dlse[seen]))
+        of_q, of_k = ([*map(int, x)] for x in zip(*lengths))
+        found = [
+            x.detach()[: sum(sizes)].split(sizes)
+            for x, sizes in zip((stats.out, stats.lse, *gradients), (of_q, of_q, of_q, of_k, of_k))
+        ]
+        return {i: Results(*parts) for i, *parts in zip(numbers, *found)}
+
+
+def packings() -> list[Any]:
+    """Interpreted kernels with one, with all in `full`."""
+    pairs = itertools.product(IMPLEMENTATIONS, Packings.options)
+    params = []
+    for impl, name in pairs:
+        slow = impl == "triton" and INTERPRETED and name != "causal, key_lengths"
+        params.append(pytest.param(impl, name, marks=[pytest.mark.full] if slow else []))
+    return params
+
+
+@pytest.mark.parametrize(("impl", "options"), packings())
+def test_a_sequence_gives_the_same_bits_in_every_packing(
+    impl: str, options: str, device: torch.device
+) -> None:
+    """Neighbours of equal length made one batch, blocks or threads shared out by the total (hazard R3)."""
+    small = impl == "triton" and INTERPRETED
+    others = [[4, 0], [2, 5, 3]] if small else [[0, 4], [2, 1, 0], [3, 5, 4, 2], [5, 4, 3, 2, 1, 0]]
+    for dtype in (torch.float32,) if small else (torch.float32, torch.bfloat16):
+        packings = Packings(impl, options, dtype, device)
+        alone = {i: packings.results([i])[i] for i in range(len(Packings.lengths))}
+        for numbers in others:
+            for i, found in packings.results(numbers, spare=len(numbers) % 3).items():
+                assert differing(found, alone[i]) == [], (numbers, i)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
