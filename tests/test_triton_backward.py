@@ -6,18 +6,25 @@ That they are right on every case of the list is asked in test_implementations.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
 
+from triton.runtime import interpreter
+
+from undivided import Documents
 from undivided.conformance.budget import assert_within_budget
 from undivided.conformance.cases import Case, Extra, Problem
 from undivided.conformance.evaluation import expected
 from undivided.conformance.memory import fenced, poisoned_allocations
 from undivided.conformance.oracle import Results
+from undivided.kernels.functional import prepare
+from undivided.kernels.sequences import Sequences
 from undivided.kernels.spec import N_GRADIENTS, Gradients, Needs
 from undivided.kernels.triton.backward import attention_backward, backward_launches
 from undivided.kernels.triton.config import Kernel, TileConfig
@@ -198,3 +205,46 @@ def test_addresses_have_64_bits(axis: int, far_memory: Tensor, device: torch.dev
     bias = far(near.options["bias"], axis, far_memory, len(names) * step)
     gradients = backward(near._replace(**moved, options={**near.options, "bias": bias}))
     assert_same(gradients, backward(near))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks Triton's interpreter what it loads")
+@pytest.mark.parametrize("cu_seqlens", [[0, 32, 64, 70], [70, 70, 70, 70]], ids=str)
+def test_tiles_that_nobody_needs_load_nothing_outside(
+    cu_seqlens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a packed axis' spare tiles, whose sequence is -1, as an index; and a start at the very end."""
+    total, sequences = cu_seqlens[-1], len(cu_seqlens) - 1
+    q = torch.randn(total, 1, 16)
+    inputs, spec = prepare(
+        q, q, q, {"mask": Documents(torch.zeros(sequences, total, dtype=torch.int64))},
+        sequences=Sequences(torch.tensor(cu_seqlens)),
+    )  # fmt: skip
+    assert inputs.ranges is not None
+    assert inputs.key_ranges is not None
+    around = {
+        "slopes": torch.ones(3 * sequences, 1),
+        "key_lengths": torch.ones(3 * sequences, dtype=torch.int32),
+        "ranges": torch.cat([inputs.ranges] * 3),
+        "key_ranges": torch.cat([inputs.key_ranges] * 3),
+    }
+    inputs = inputs._replace(**{name: x.tensor_split(3)[1] for name, x in around.items()})
+    loaded: list[np.ndarray] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(interpreter_module, name)
+
+        def load(self, ptrs: np.ndarray, mask: np.ndarray, *rest: Any) -> np.ndarray:
+            loaded.append(ptrs[mask].ravel())
+            return interpreter_module.load(ptrs, mask, *rest)
+
+    interpreter_module = interpreter._interpreter
+    monkeypatch.setattr(interpreter, "_interpreter", Watched())
+    out, lse, _ = attention_forward(inputs, spec)
+    attention_backward(torch.ones_like(out), None, out, lse, inputs, spec, EVERYTHING)
+    addresses = np.concatenate(loaded)
+    for name, x in around.items():
+        before, _, after = x.tensor_split(3)
+        for outside in (before, after):
+            first, size = outside.data_ptr(), outside.nbytes
+            assert not ((addresses >= first) & (addresses < first + size)).any(), name

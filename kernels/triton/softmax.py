@@ -50,7 +50,8 @@ def distances(rows, cols, shift):
 @triton.jit
 def slope_of(slopes_ptr, slopes_step, batch, head):
     """ALiBi's slope of one query head. slopes_step: from one batch entry to the next."""
-    return tl.load(slopes_ptr + batch.to(tl.int64) * slopes_step + head)
+    entry = tl.maximum(batch, 0)  # -1: of a tile that nobody needs
+    return tl.load(slopes_ptr + entry.to(tl.int64) * slopes_step + head)
 
 
 @triton.jit

@@ -53,7 +53,7 @@ def place_of(batch, spans_ptr, seqlen):
     if spans_ptr is not None:
         first = tl.load(spans_ptr + 2 * tl.maximum(batch, 0))
         stop = tl.load(spans_ptr + 2 * tl.maximum(batch, 0) + 1)
-        return batch * 0, first, tl.where(batch < 0, 0, stop - first)
+        return batch * 0, tl.where(batch < 0, 0, first), tl.where(batch < 0, 0, stop - first)
     else:
         return batch, 0, seqlen
 

@@ -26,7 +26,8 @@ def row_numbers(first, n_rows, BLOCK: tl.constexpr):
 def keys_of(batch, lengths_ptr, seqlen_k):
     """How many keys a batch entry has; a length that is wrong on the device reads nothing outside."""
     if lengths_ptr is not None:
-        return tl.minimum(tl.maximum(tl.load(lengths_ptr + batch), 0), seqlen_k)
+        length = tl.load(lengths_ptr + tl.maximum(batch, 0))  # -1: of a tile that nobody needs
+        return tl.minimum(tl.maximum(length, 0), seqlen_k)
     else:
         return seqlen_k
 
