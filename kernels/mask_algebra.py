@@ -41,8 +41,9 @@ class Mask:
     `Dense`.
 
     Cheap to make, in every step: what costs, tiles, is made when first used, and kept while the same object
-    is used for calls of the same sizes. Positions are those of the call: query i stands at
-    i + (seqlen_k - seqlen_q), or at i where the mask has a `Causal(align="top-left")`.
+    is used for calls of the same sizes, unless it holds tensors made under torch.inference_mode, of which
+    nobody counts the edits. Positions are those of the call: query i stands at i + (seqlen_k - seqlen_q), or
+    at i where the mask has a `Causal(align="top-left")`.
     """
 
     def __and__(self, other: Mask | Tensor) -> Mask:
@@ -264,16 +265,19 @@ class Mask:
 
     def _kept(self, what: str, call: Call, within: Band, made: Callable[[], _T]) -> _T:
         """What is made for a call, or was made for one like it."""
-        versions = tuple(0 if x.is_inference() else x._version for a in self._atoms() for x in a._tensors())
-        kept: dict[Any, Any] = vars(self).setdefault("_built", {})
-        key = (what, call, within, versions)
-        if key not in kept:
-            while len(kept) >= _KEPT:
-                kept.pop(next(iter(kept)))
+        tensors = [x for atom in self._atoms() for x in atom._tensors()]
+        edits = None if any(x.is_inference() for x in tensors) else tuple(x._version for x in tensors)
+        kept: dict[Any, tuple[_T]] = vars(self).setdefault("_built", {})
+        key = (what, call, within, edits)
+        found = kept.get(key)
+        if found is None:
             with torch.inference_mode(False):  # a later call may save them for its backward
-                kept[key] = made()
-        result: _T = kept[key]
-        return result
+                found = (made(),)
+            if edits is not None and not _is_watched(call.device):
+                while len(kept) >= _KEPT:
+                    kept.pop(next(iter(kept)), None)  # None: another thread was faster
+                kept[key] = found
+        return found[0]
 
 
 def _is_watched(device: torch.device) -> bool:

@@ -184,15 +184,14 @@ class Documents(Atom):
                 )
 
     def _intervals(self, rows: Rows) -> list[Interval]:
-        ids, p = self._two_axes(), rows.position
+        ids, p = F.pad(self._two_axes(), (0, 1), value=-1), rows.position  # past the last key is padding
         n = ids.shape[1]
         run = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0)).cumsum(1)
         start = torch.searchsorted(run, run, out_int32=True)
         stop = torch.searchsorted(run, run, right=True, out_int32=True)
         stop = torch.where(ids < 0, start, stop)
         at = p.clamp(0, n - 1)
-        lo = torch.where(p < n, rows.look_up(start, at), n)
-        return [Interval(lo, torch.where(p >= 0, rows.look_up(stop, at), 0))]
+        return [Interval(rows.look_up(start, at), torch.where(p >= 0, rows.look_up(stop, at), 0))]
 
     def _two_axes(self) -> Tensor:
         """[1 or batch, seqlen_k]"""
@@ -278,7 +277,7 @@ def compiled(
         return inputs, spec._replace(left=both.left, right=both.right)
     if 0 in call.shape:
         return inputs, spec
-    padding = _without_rows(mask)
+    padding = _as_it_is(mask)
     if padding is not None and not packed:
         return inputs._replace(mask=padding), spec
     if packed:
@@ -310,9 +309,16 @@ def _aligned(mask: Mask, spec: AttentionSpec) -> AttentionSpec:
     return spec
 
 
-def _without_rows(mask: Mask) -> Tensor | None:
-    """The tensor of a `Dense` that says the same to every row: element masks of that size cost nothing."""
-    return mask._four_axes() if isinstance(mask, Dense) and mask._four_axes().shape[2] == 1 else None
+def _as_it_is(mask: Mask) -> Tensor | None:
+    """The tensor of a `Dense` that says the same to every row: element masks of that size cost nothing.
+
+    Of any `Dense` while torch.compile traces: whether tiles are still those of the tensor is no question for
+    a graph.
+    """
+    if not isinstance(mask, Dense):
+        return None
+    tensor = mask._four_axes()
+    return tensor if tensor.shape[2] == 1 or torch.compiler.is_compiling() else None
 
 
 def _check_int(name: str, value: object) -> None:

@@ -646,3 +646,49 @@ def test_intervals_are_made_once_for_calls_alike() -> None:
     changed = prepare(q, k, v, {"mask": mask, "causal": True})[0]
     assert changed.ranges is not None
     assert int(changed.ranges[0, 0, 5]) == 0
+
+
+@pytest.mark.parametrize("kind", [Documents, Dense])
+def test_edits_that_nobody_counts(kind: type[Mask]) -> None:
+    """Catches what is kept of tensors made under inference mode, which have no version: an old mask."""
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    with torch.inference_mode():
+        x = torch.zeros(6, dtype=torch.int64) if kind is Documents else torch.ones(6, 6) > 0
+        mask = kind(x)  # type: ignore[call-arg]
+        attention(q, k, v, mask=mask)
+        x[..., 3:] = kind is Documents
+        assert torch.equal(attention(q, k, v, mask=mask), attention(q, k, v, mask=kind(x)))  # type: ignore[call-arg]
+
+
+def test_a_transform_leaves_no_wrapped_tiles_behind() -> None:
+    """Catches tiles first made inside torch.func.grad and kept: no kernel can read them afterwards."""
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    mask = Dense(torch.ones(6, 6).tril() > 0)
+    torch.func.grad(lambda x: attention(x, k, v, mask=mask).sum())(q)
+    tiles = prepare(q, k, v, {"mask": mask})[0].tiles
+    assert tiles is not None
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(tiles)
+
+
+def test_a_compiled_call_sees_a_dense_mask_change() -> None:
+    """Catches a `Dense` that breaks the graph, and tiles in a graph that an edit in place leaves old."""
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    shown = torch.ones(6, 6).tril() > 0
+    mask = Dense(shown)
+    call = torch.compile(lambda q: attention(q, k, v, mask=mask), fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(call(q), attention(q, k, v, mask=Dense(shown)))
+        shown.fill_(True)
+
+
+@pytest.mark.parametrize("width", [0, 2, 5])
+def test_documents_narrower_than_a_sequence(width: int) -> None:
+    """Catches a look-up past the ids: a query that stands at no id sees nothing."""
+    q, cu = torch.randn(8, 2, 8), torch.tensor([0, 3, 8])
+    ids = torch.zeros(2, width, dtype=torch.int64)
+    out = attention_varlen(q, q, q, cu, mask=Documents(ids))
+    for rows in (slice(0, 3), slice(3, 8)):
+        own = q[rows][:width].transpose(0, 1)[None]
+        expected = torch.zeros_like(q[rows])
+        expected[:width] = attention(own, own, own)[0].transpose(0, 1)
+        torch.testing.assert_close(out[rows], expected)
