@@ -25,6 +25,7 @@ from . import evidence, flops
 from .differentials import differentiable_backward, differentiable_jvp
 from .library import CALL, NAMESPACE, below_autograd, define
 from .spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs, Needs, like
+from .tracing import each_once
 from .vmap import folded
 
 N_INPUTS, N_SPEC = len(Inputs._fields), len(AttentionSpec._fields)
@@ -58,17 +59,9 @@ def attention(inputs: Inputs, spec: AttentionSpec, impl: str) -> Results:
     ):
         function = _Attention
         if torch.compiler.is_compiling():
-            inputs = _each_once(inputs)
+            inputs = Inputs._make(each_once(inputs))
         return function.apply(*inputs, spec, impl)
     return _call_forward(inputs, spec, impl)
-
-
-def _each_once(inputs: Inputs) -> Inputs:
-    """Views in place of tensors that occur before: torch.compile gives no Function the same tensor twice."""
-    given: list[Tensor | None] = []
-    for x in inputs:
-        given.append(x.view_as(x) if x is not None and any(x is y for y in given) else x)
-    return Inputs._make(given)
 
 
 def _call_forward(inputs: Inputs, spec: AttentionSpec, impl: str) -> Results:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -76,7 +76,9 @@ def _table_of(biases: Biases) -> tuple[bool, int]:
 
 def check_want(want: Sequence[str] | None) -> None:
     """ValueError unless `want` is None or holds names of statistics."""
-    if want is not None and (isinstance(want, str) or any(name not in STATISTICS for name in want)):
+    if want is None:
+        return
+    if not isinstance(want, Collection) or isinstance(want, str) or any(x not in STATISTICS for x in want):
         raise ValueError(f"want must be a tuple of names out of {STATISTICS}, got {want!r}")
 
 

@@ -69,7 +69,7 @@ def _spans(of: str, cu_seqlens: Tensor, x: Tensor, max_seqlen: int | None, check
     bounds = cu_seqlens.clamp(0, total).to(torch.int32).cummax(0).values
     start, stop = bounds[:-1], bounds[1:]
     if max_seqlen is not None:
-        stop = torch.minimum(stop, start + max_seqlen)
+        stop = torch.minimum(stop, start + torch.sym_min(max_seqlen, total))  # fits into int32
     return torch.stack((start, stop), 1)
 
 

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from .library import CALL, below_autograd, define
 from .spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs, Needs, like
+from .tracing import each_once
 from .vmap import folded
 
 N_INPUTS = len(Inputs._fields)
@@ -36,6 +37,8 @@ def entropy_and_key_mass(
     spec = spec._replace(dropout_p=0.0, precise=False, want_lse=True, want_max=False)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     function: Any = _TransformableStatistics if transformed else _Statistics
+    if torch.compiler.is_compiling():
+        inputs = Inputs._make(each_once(inputs))
     found: tuple[Tensor, Tensor] = function.apply(lse.detach(), *inputs, *spec, entropy, key_mass)
     return found[0] if entropy else None, found[1] if key_mass else None
 

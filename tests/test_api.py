@@ -154,6 +154,7 @@ WRONG = [
     (Q, K, K, {"dropout_p": 0.1, "seed": zeros(2).long()}, TypeError, "seed must be .* one element"),
     (Q, K, K, {"want": ("entropyy",)}, ValueError, "want must be a tuple of names"),
     (Q, K, K, {"want": "lse"}, ValueError, "want must be a tuple of names"),
+    (Q, K, K, {"want": True}, ValueError, "want must be a tuple of names"),
     (Q, K, K, {"impl": "cuda"}, ValueError, "impl must be 'auto' or one of reference, fallback, triton"),
     (Q, K, K, {"is_causal": True}, TypeError, "unknown option 'is_causal'; the options are want, causal"),
 ]

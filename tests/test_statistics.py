@@ -222,6 +222,18 @@ def test_compile_is_one_graph_and_equal() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_compile_takes_a_tensor_twice() -> None:
+    """Catches self-attention of one tensor, which torch.compile gives no Function twice."""
+    torch._dynamo.reset()
+    x = torch.randn(1, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+
+    def call(x: Tensor) -> Tensor:
+        return attention(x, x, x, want=("entropy",)).entropy.square().sum()
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(f(x), x) for f in (compiled, call)))
+
+
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 7)])
 def test_vmap_and_torch_func(bias: Tensor | None) -> None:
     """A batch folded into the wrong axis, or a gradient that functorch does not see."""

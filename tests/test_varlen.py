@@ -297,6 +297,8 @@ def test_without_limits_and_in_64_bits() -> None:
     q, k, v = qkv()
     expected = together(q, k, v, causal=True)[0]
     assert torch.equal(attention_varlen(q, k, v, CU_Q.long(), CU_K.long(), causal=True), expected)
+    huge = {"max_seqlen_q": 2**31 - 1, "max_seqlen_k": 2**40}  # a start and this exceed int32
+    assert torch.equal(attention_varlen(q, k, v, CU_Q, CU_K, causal=True, **huge), expected)
     cu = cu_seqlens([20, 30])
     x = randn(50, 2, 8)
     assert torch.equal(attention_varlen(x, x, x, cu), attention_varlen(x, x, x, cu, cu))
