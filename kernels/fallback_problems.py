@@ -12,7 +12,7 @@ from torch import Tensor
 from .fallback_band import Band
 from .fallback_blocks import FlashEngine, MatmulEngine
 from .fallback_mask_plan import plan_of_ranges, plan_of_tiles
-from .fallback_plan import Run, Strip, plan, runs
+from .fallback_plan import Limits, Run, Strip, plan, runs
 from .spec import AttentionSpec, Inputs, of_entries
 from .visibility import visible
 
@@ -40,17 +40,11 @@ def problems(
 ) -> Iterator[Problem]:
     """Cut the batch; poison: tensors whose NaN or Inf hidden keys could carry on."""
     seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
-    for entries, own, stop in _alike(inputs, spec):
-        masked, limits = own.mask is not None or own.key_lengths is not None, engine.limits(own, spec)
-        repeated: tuple[Run, ...] = ()
-        if own.ranges is not None:
-            strips = plan_of_ranges(own.ranges[0], stop, masked, limits)
-        elif own.tiles is not None:
-            strips = plan_of_tiles(own.tiles, seqlen_q, stop, masked, limits)
-        else:
-            asked = spec, seqlen_q, seqlen_k, stop, masked, limits
-            strips, repeated = plan(*asked), runs(*asked)
-        hides = masked or own.ranges is not None or own.tiles is not None
+    for entries, own, stop in alike(inputs, spec):
+        limits, masked, by_object = engine.limits(own, spec), _masked(own), _by_object(own)
+        strips = blocks_to_visit(own, spec, stop, limits)
+        repeated = () if by_object else runs(spec, seqlen_q, seqlen_k, stop, masked, limits)
+        hides = masked or by_object
         seen = _seen(own, spec, strips) if hides and not _harmless([x[entries] for x in poison]) else None
         nothing_added = all(x is None for x in (own.bias, own.slopes, own.table))
         is_band = engine is FlashEngine and not hides and nothing_added
@@ -59,12 +53,31 @@ def problems(
         )
 
 
+def blocks_to_visit(inputs: Inputs, spec: AttentionSpec, stop: int, limits: Limits) -> tuple[Strip, ...]:
+    """The plan of entries that are `alike`, whoever hides blocks; stop: keys from here on are hidden."""
+    seqlen_q, seqlen_k, masked = inputs.q.shape[2], inputs.k.shape[2], _masked(inputs)
+    if inputs.ranges is not None:
+        return plan_of_ranges(inputs.ranges[0], stop, masked, limits)
+    if inputs.tiles is not None:
+        return plan_of_tiles(inputs.tiles, seqlen_q, stop, masked, limits)
+    return plan(spec, seqlen_q, seqlen_k, stop, masked, limits)
+
+
+def _masked(inputs: Inputs) -> bool:
+    """Whether every block needs an element mask."""
+    return inputs.mask is not None or inputs.key_lengths is not None
+
+
+def _by_object(inputs: Inputs) -> bool:
+    return inputs.ranges is not None or inputs.tiles is not None
+
+
 def _harmless(tensors: list[Tensor]) -> bool:
     """Whether all are finite, as far as that can be known without synchronising."""
     return tensors[0].device.type == "cpu" and all(bool(x.sum(dtype=_wide(x)).isfinite()) for x in tensors)
 
 
-def _alike(inputs: Inputs, spec: AttentionSpec) -> Iterator[tuple[slice, Inputs, int]]:
+def alike(inputs: Inputs, spec: AttentionSpec) -> Iterator[tuple[slice, Inputs, int]]:
     """Runs of batch entries with equal key_lengths, without them, that length, and blocks in the same places.
 
     Keys past the length are then never touched. Elsewhere than on a CPU reading lengths would

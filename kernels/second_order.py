@@ -25,7 +25,8 @@ from torch import Tensor
 
 from .biases import distances, looked_up, summed_up
 from .fallback_blocks import MatmulEngine, group, ungroup
-from .fallback_plan import Limits, Part, Strip, plan
+from .fallback_plan import Limits, Part, Strip
+from .fallback_problems import alike, blocks_to_visit
 from .philox import keep_mask
 from .sinks import join
 from .spec import AttentionSpec, Gradients, Inputs, Needs, empty_like, like, of_entries
@@ -86,15 +87,11 @@ def hvp(
 def _directions(
     tangents: Tangents, inputs: Inputs, spec: AttentionSpec
 ) -> Iterator[tuple[slice, _Direction]]:
-    """All batch entries at once, or, for `batch_invariant`, one by one."""
-    if not spec.batch_invariant:
-        yield slice(None), _Direction(tangents, inputs, spec)
-        return
-    for entry in range(inputs.q.shape[0]):
-        entries = slice(entry, entry + 1)
-        own = Tangents(*_of_entries(tangents, inputs, entries))
-        first_entry = spec.first_entry + entry
-        yield entries, _Direction(own, of_entries(inputs, entries), spec._replace(first_entry=first_entry))
+    """Batch entries that visit the same blocks; with `batch_invariant`, each alone."""
+    for entries, own, stop in alike(inputs, spec):
+        first_entry = spec.first_entry + (entries.start or 0)
+        moving = Tangents(*_of_entries(tangents, inputs, entries))
+        yield entries, _Direction(moving, own, spec._replace(first_entry=first_entry), stop)
 
 
 def _of_entries(given: Tangents | Gradients, inputs: Inputs, entries: slice) -> Iterator[Tensor | None]:
@@ -134,21 +131,17 @@ class _Block(NamedTuple):
 
 
 class _Direction(NamedTuple):
-    """A call, and the direction in which its inputs move."""
+    """A call, and the direction in which its inputs move. stop: keys from here on are hidden."""
 
     tangents: Tangents
     inputs: Inputs
     spec: AttentionSpec
+    stop: int
 
     def strips(self) -> tuple[Strip, ...]:
-        q, k = self.inputs.q, self.inputs.k
-        masked = any(
-            x is not None
-            for x in (self.inputs.mask, self.inputs.ranges, self.inputs.tiles, self.inputs.key_lengths)
-        )
         rows, cols, _ = MatmulEngine.limits(self.inputs, self.spec)
         limits = Limits(max(16, rows // 4), cols, False)  # there are more temporaries than in backward
-        return plan(self.spec, q.shape[2], k.shape[2], k.shape[2], masked, limits)
+        return blocks_to_visit(self.inputs, self.spec, self.stop, limits)
 
     def blocks(self, strip: Strip, q: Tensor, tq: Tensor | None) -> Iterator[tuple[Part, _Block]]:
         return ((part, self._block(strip.rows, part, q, tq)) for part in strip.parts)

@@ -292,7 +292,7 @@ def test_nothing_that_is_unordered_on_a_gpu_is_called(case: Case, monkeypatch: p
     """What runs on a GPU: matmuls, lengths as a mask. A scatter there adds up in any order (hazard R2)."""
     monkeypatch.setattr(fallback_blocks.FlashEngine, "takes", lambda inputs, spec: False)
     monkeypatch.setattr(
-        fallback_problems, "_alike", lambda inputs, spec: iter([(slice(None), inputs, inputs.k.shape[2])])
+        fallback_problems, "alike", lambda inputs, spec: iter([(slice(None), inputs, inputs.k.shape[2])])
     )
     problem = case.build(torch.float16)
     inputs, spec = problem.prepared()

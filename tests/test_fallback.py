@@ -117,7 +117,7 @@ def test_many_small_blocks(
 def test_lengths_as_a_mask(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other devices cannot read key_lengths without waiting: they mask, and hidden keys stay harmless."""
     monkeypatch.setattr(
-        fallback_problems, "_alike", lambda inputs, spec: iter([(slice(None), inputs, inputs.k.shape[2])])
+        fallback_problems, "alike", lambda inputs, spec: iter([(slice(None), inputs, inputs.k.shape[2])])
     )
     if engine == "matmul":
         monkeypatch.setattr(fallback_blocks.FlashEngine, "takes", lambda inputs, spec: False)

@@ -533,3 +533,24 @@ def test_memory_is_linear() -> None:
         if int(done.stdout) < 64 * 1024:
             return
     raise AssertionError(f"{done.stdout} KiB more at the peak")
+
+
+def test_blocks_that_documents_hide_are_not_visited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pair of a packed row computed, to be hidden; an entry that visits the blocks of its neighbour."""
+    ids = torch.arange(512) // torch.tensor([[64], [128]])
+    q, k, v, *moving = torch.randn(6, 2, 1, 512, 8, dtype=torch.float64)
+    scores, block = [], second_order._Direction._block
+
+    def counted(self: Any, rows: slice, part: Any, *args: Any) -> Any:
+        scores.append(len(self.inputs.q) * (rows.stop - rows.start) * (part.cols.stop - part.cols.start))
+        return block(self, rows, part, *args)
+
+    monkeypatch.setattr(second_order._Direction, "_block", counted)
+    masks = Documents(ids), (ids[:, :, None] == ids[:, None])[:, None]
+    found, expected = (
+        torch.func.jvp(lambda *x, mask=mask: attention(*x, mask=mask, impl="fallback"), (q, k, v), (*moving,))
+        for mask in masks
+    )
+    torch.testing.assert_close(found, expected)
+    everything = 2 * 512**2  # by the mask without structure
+    assert sum(scores) <= 1.5 * everything

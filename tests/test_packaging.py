@@ -55,7 +55,7 @@ KERNELS = {
     "fallback_problems": {"fallback_band", "fallback_blocks", "fallback_mask_plan", "fallback_plan"},
     "fallback_mask_plan": {"fallback_plan"},
     "fallback_runs": {"fallback_blocks", "fallback_plan", "fallback_problems"},
-    "second_order": {"fallback_blocks", "fallback_plan"},
+    "second_order": {"fallback_blocks", "fallback_plan", "fallback_problems"},
     "differentials": {"library", "second_order", "vmap"},
     "fallback_blocks": {"fallback_plan"},
     "fallback_band": {"fallback_plan"},
