@@ -183,7 +183,8 @@ def attention_varlen(
     max_seqlen_q unless one of it or cu_seqlens_k is given. What a sequence has past them belongs to no
     sequence. Nothing is read outside q, k, v whatever cu_seqlens hold: an entry is taken as at least the one
     before it, and at most the total; check=True raises instead. Tokens of no sequence give out 0, lse -inf
-    and zero gradients, and can hold NaN: it reaches nothing.
+    and zero gradients, and can hold NaN: it reaches nothing. Differentiable once, in reverse mode; with
+    impl="reference" as often as PyTorch is.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `attention`.

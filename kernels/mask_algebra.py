@@ -174,14 +174,15 @@ class Mask:
         """Element mask of a block of a dense call: bool, broadcasts to (batch, heads, rows, cols)."""
         raise NotImplementedError
 
-    def _fits(self, call: Call, check: bool = False) -> None:
-        """Raise if the mask is not for such a call; with `check`, look at values too."""
+    def _fits(self, call: Call, lengths: list[int] | None = None) -> None:
+        """Raise if the mask is not for such a call; with the number of keys of each batch entry, look at
+        values too."""
         for atom in self._atoms():
             for x in atom._tensors():
                 check_tensor(f"the tensor of {type(atom).__name__}", x, call.device)
             atom._fits_atom(call)
-            if check:
-                atom._check_values(call)
+            if lengths is not None:
+                atom._check_values(lengths)
 
     def _alignment(self) -> str | None:
         """Where its positions have to be counted from, if it says so: "bottom-right" or "top-left".
@@ -312,8 +313,8 @@ class Atom(Mask):
     def _fits_atom(self, call: Call) -> None:
         """Raise if its sizes are not those of the call."""
 
-    def _check_values(self, call: Call) -> None:
-        """Raise if a tensor holds what it may not."""
+    def _check_values(self, lengths: list[int]) -> None:
+        """Raise if a tensor holds what it may not for entries of so many keys."""
 
     def _shown(self, rows: Rows, cols: slice) -> Tensor:
         intervals = self._intervals(rows)

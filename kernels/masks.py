@@ -111,15 +111,10 @@ class PrefixLM(Atom):
             axis, shape = "sequences" if call.packed else "batch", tuple(self.lengths.shape)
             raise ValueError(f"PrefixLM lengths must have shape ({axis},) = ({call.batch},), got {shape}")
 
-    def _check_values(self, call: Call) -> None:
-        if self.lengths.numel() == 0:
-            return
-        low, high = int(self.lengths.min()), int(self.lengths.max())
-        if low < 0 or high > call.seqlen_k:
-            raise ValueError(
-                f"PrefixLM lengths must lie in [0, seqlen_k] = [0, {call.seqlen_k}], "
-                f"got values from {low} to {high}"
-            )
+    def _check_values(self, lengths: list[int]) -> None:
+        for prefix, n_keys in zip(self.lengths.expand(len(lengths)).tolist(), lengths, strict=True):
+            if not 0 <= prefix <= n_keys:
+                raise ValueError(f"PrefixLM lengths must lie in [0, seqlen_k] = [0, {n_keys}], got {prefix}")
 
     def _intervals(self, rows: Rows) -> list[Interval]:
         lengths = rows.each(self.lengths.clamp(0, 2**31 - 1).int())
@@ -132,7 +127,8 @@ class Documents(Atom):
 
     ids: int32 or int64 (seqlen_k,) or (batch, seqlen_k); packed, (sequences, longest sequence). Each run of
     equal ids is a document: an id that comes back is another one, which check=True refuses. A negative id is
-    padding, which sees nothing and is seen by nobody; a query that stands at no key sees nothing.
+    padding, which sees nothing and is seen by nobody; a query that stands at no key sees nothing. Behind the
+    last key of a packed sequence ids may be anything.
     """
 
     ids: Tensor
@@ -172,9 +168,9 @@ class Documents(Atom):
                 f"{call.seqlen_k}), got {shape}"
             )
 
-    def _check_values(self, call: Call) -> None:
-        for entry in self._two_axes():
-            run = torch.unique_consecutive(entry)
+    def _check_values(self, lengths: list[int]) -> None:
+        for entry, n_keys in zip(self._two_axes(), lengths):
+            run = torch.unique_consecutive(entry[:n_keys])
             run = run[run >= 0]
             ids, times = run.unique(return_counts=True)
             back = ids[times > 1].tolist()
@@ -270,7 +266,7 @@ def compiled(
         batch = inputs.spans_q.shape[0]
     shift = spec.shift(seqlen_q, seqlen_k)
     call = Call(batch, heads, seqlen_q, seqlen_k, shift, inputs.q.device, packed)
-    mask._fits(call, check)
+    mask._fits(call, _key_counts(inputs, batch) if check else None)
     within, own = Band(spec.left, spec.right), mask._band()
     if own is not None:
         both = within.intersected(own)
@@ -292,6 +288,14 @@ def compiled(
             f"packed sequences take masks that show each query at most two intervals of keys, got {mask!r}"
         )
     return inputs._replace(**mask._tiles(call, within)._asdict()), spec
+
+
+def _key_counts(inputs: Inputs, batch: int) -> list[int]:
+    """Keys of each batch entry, or sequence, without key_lengths; synchronises for sequences."""
+    if inputs.spans_k is None:
+        return [inputs.k.shape[2]] * batch
+    counts: list[int] = (inputs.spans_k[:, 1] - inputs.spans_k[:, 0]).tolist()
+    return counts
 
 
 def _aligned(mask: Mask, spec: AttentionSpec) -> AttentionSpec:

@@ -508,8 +508,8 @@ def test_check_looks_at_values() -> None:
     for mask, words in (
         (Documents(back), "id 0 comes back"),
         (Documents(back) & Causal(), "id 0 comes back"),
-        (PrefixLM(torch.tensor([10])), r"\[0, 9\], got values from 10 to 10"),
-        (PrefixLM(torch.tensor([-1, 3])), "from -1 to 3"),
+        (PrefixLM(torch.tensor([10])), r"\[0, 9\], got 10"),
+        (PrefixLM(torch.tensor([-1, 3])), "got -1"),
     ):
         attention(q, k, v, mask=mask)
         with pytest.raises(ValueError, match=words):
@@ -692,3 +692,16 @@ def test_documents_narrower_than_a_sequence(width: int) -> None:
         expected = torch.zeros_like(q[rows])
         expected[:width] = attention(own, own, own)[0].transpose(0, 1)
         torch.testing.assert_close(out[rows], expected)
+
+
+def test_check_asks_each_sequence() -> None:
+    """Catches ids behind a packed sequence's last key taken for its own, and prefixes that exceed it."""
+    q, cu = torch.randn(10, 2, 8), torch.tensor([0, 4, 10])
+    ids = torch.tensor([[0, 0, 1, 1, 0, 0], [0] * 6])
+    attention_varlen(q, q, q, cu, mask=Documents(ids), check=True)
+    ids[0, 3] = 0
+    with pytest.raises(ValueError, match="id 0 comes back"):
+        attention_varlen(q, q, q, cu, mask=Documents(ids), check=True)
+    attention_varlen(q, q, q, cu, mask=PrefixLM(torch.tensor([4, 6])), check=True)
+    with pytest.raises(ValueError, match="PrefixLM lengths must lie"):
+        attention_varlen(q, q, q, cu, mask=PrefixLM(torch.tensor([5, 6])), check=True)
