@@ -79,9 +79,8 @@ class Case:
         return ((self.seqlen_q, self.seqlen_k),) * self.batch if self.packed is None else self.packed
 
     def makes_sense_packed(self) -> bool:
-        """Whether `attention_varlen` can be asked: it has one alignment, and no masks made of tiles."""
-        tiles = self.mask_object == "predicate" or (self.mask is not None and self.mask_object != "")
-        return not self.top_left and not tiles
+        """Whether `attention_varlen` can be asked: it has one alignment."""
+        return not self.top_left
 
     def build(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Problem:
         """Draw the numbers: on the CPU, then moved, so that every device answers the same question."""
@@ -357,7 +356,9 @@ def _packed() -> list[Case]:
     cases = [Case(f"packed {name}", packed=x) for name, x in lengths.items()]
     cases += [replace(case, name=f"causal {case.name}", causal=True) for case in cases]
     ragged, square = OPTIONS["packed"]["packed"], lengths["square"]
-    cases += [Case(f"packed object {x}", packed=ragged, mask_object=x) for x in ("prefix", "streaming")]
+    cases += [
+        Case(f"packed object {x}", packed=ragged, mask_object=x) for x in ("prefix", "streaming", "predicate")
+    ]
     cases += [Case("packed layout bshd", packed=ragged, layout="bshd")]
     cases += [Case("packed gqa+window+bias", packed=ragged, heads_q=4, window=(9, 0), bias=Extra(axes="bhk"))]
     cases += [Case("packed mask of each sequence", packed=ragged, mask=Extra("padding_left", "bk"))]

@@ -94,8 +94,6 @@ CLASHES = {
     frozenset({("visibility", "top-left window"), ("mask", "left padding")}),
     frozenset({("visibility", "top-left causal"), ("seqlens", "packed")}),
     frozenset({("visibility", "top-left window"), ("seqlens", "packed")}),
-    frozenset({("mask", "predicate object"), ("seqlens", "packed")}),
-    frozenset({("mask", "masked documents"), ("seqlens", "packed")}),
     frozenset({("mask", "mask of entries"), ("batch", "batch 1")}),
     frozenset({("key_lengths", "an empty sequence"), ("batch", "batch 1")}),
 }

@@ -177,7 +177,9 @@ def attention_varlen(
     Options are those of `attention`, with a sequence for a batch entry: positions, rows and keys count from
     its start, the last query of each stands at its last key; key_lengths is (sequences,), ALiBi's slopes
     (heads_q,) or (sequences, heads_q); dropout drops what it drops in the same sequences padded. mask and
-    bias broadcast to (sequences, heads_q, max_seqlen_q, max_seqlen_k).
+    bias broadcast to (sequences, heads_q, max_seqlen_q, max_seqlen_k). Mask objects that are no intervals
+    of keys (`from_predicate`, `Dense`, some unions) become tiles of the longest sequence, for each sequence:
+    then lengths are read on the host, in every call: a GPU is waited for, and torch.compile breaks its graph.
 
     max_seqlen_q, max_seqlen_k are needed only where mask or bias have that axis; max_seqlen_k is
     max_seqlen_q unless one of it or cu_seqlens_k is given. What a sequence has past them belongs to no

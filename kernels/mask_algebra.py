@@ -15,6 +15,7 @@ from .mask_intervals import (
     UNBOUNDED,
     Band,
     Call,
+    Entries,
     Interval,
     Ranges,
     Rows,
@@ -26,7 +27,7 @@ from .mask_intervals import (
 )
 from .mask_tiles import Tiles
 from .validation import check_tensor
-from .visibility import block_of, rows_of_keys
+from .visibility import rows_of_keys
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,9 +42,9 @@ class Mask:
     `Dense`.
 
     Cheap to make, in every step: what costs, tiles, is made when first used, and kept while the same object
-    is used for calls of the same sizes, unless it holds tensors made under torch.inference_mode, of which
-    nobody counts the edits. Positions are those of the call: query i stands at i + (seqlen_k - seqlen_q), or
-    at i where the mask has a `Causal(align="top-left")`.
+    is used for calls of the same sizes, or packed, of the same lengths, unless it holds tensors made under
+    torch.inference_mode, of which nobody counts the edits. Positions are those of the call: query i stands at
+    i + (seqlen_k - seqlen_q), or at i where the mask has a `Causal(align="top-left")`.
     """
 
     def __and__(self, other: Mask | Tensor) -> Mask:
@@ -171,7 +172,7 @@ class Mask:
         return None
 
     def _shown(self, rows: Rows, cols: slice) -> Tensor:
-        """Element mask of a block of a dense call: bool, broadcasts to (batch, heads, rows, cols)."""
+        """Element mask of a block: bool, broadcasts to (entries, heads, rows, cols)."""
         raise NotImplementedError
 
     def _fits(self, call: Call, lengths: list[int] | None = None) -> None:
@@ -217,16 +218,20 @@ class Mask:
         self._fits(call)
         return call
 
-    def _asked(self, call: Call, within: Band = UNBOUNDED) -> mask_tiles.Shown:
-        """Element masks of blocks of a dense call: what the mask and a band both show."""
+    def _asked(
+        self, call: Call, within: Band = UNBOUNDED, sequences: list[int] | None = None
+    ) -> mask_tiles.Shown:
+        """Element masks of blocks of a dense call, or of some sequences of a packed one: what the mask and a
+        band both show."""
+        entries = Entries.of(call, sequences)
 
         def shown(rows: slice, cols: slice) -> Tensor:
-            place = Rows.between(rows, call.shift, call.seqlen_k, call.batch, call.heads, call.device)
-            shown = self._shown(place, cols)
+            place = Rows.between(rows, entries, call.heads)
+            shown, owned = self._shown(place, cols), place.owns(cols)
             shown = shown[(None,) * (4 - shown.ndim)]
-            return (
-                shown if within == UNBOUNDED else shown & holds([band(*within, place)], place.columns(cols))
-            )
+            if within != UNBOUNDED:
+                shown = shown & holds([band(*within, place)], place.columns(cols))
+            return shown if owned is None else shown & owned
 
         return shown
 
@@ -235,7 +240,7 @@ class Mask:
         rows = slice(0, call.seqlen_q)
 
         def made() -> Ranges | None:
-            place = Rows.between(rows, call.shift, call.seqlen_k, call.batch, call.heads, call.device)
+            place = Rows.between(rows, Entries.of(call), call.heads)
             return self._ranges_of(place, within, call.seqlen_k)
 
         return made() if _is_watched(call.device) else self._kept("ranges", call, within, made)
@@ -260,6 +265,9 @@ class Mask:
         """Tiles of what the mask and a band both show; kept until a tensor in it changes."""
 
         def made() -> Tiles:
+            if call.packed:
+                asked = functools.partial(self._asked, call, within)
+                return mask_tiles.of_sequences(asked, [both[:2] for both in call.lengths], call.device)
             return mask_tiles.build(self._asked(call, within), call.seqlen_q, call.seqlen_k, call.device)
 
         return self._kept("tiles", call, within, made)
@@ -410,6 +418,8 @@ class Dense(Atom):
     def _fits_atom(self, call: Call) -> None:
         shape = self.tensor.shape
         if call.packed:
+            sizes = (1,) * (4 - len(shape)) + shape
+            call.check_holds_longest("the tensor of Dense, each axis 1 or not,", sizes, broadcasts=True)
             return
         if len(shape) > 4 or any(a not in (1, b) for a, b in zip(reversed(shape), reversed(call.shape))):
             raise ValueError(
@@ -418,7 +428,7 @@ class Dense(Atom):
             )
 
     def _shown(self, rows: Rows, cols: slice) -> Tensor:
-        return block_of(self._four_axes(), rows.number[0], cols)
+        return rows.block(self._four_axes(), cols)
 
     def _four_axes(self) -> Tensor:
         return self.tensor[(None,) * (4 - self.tensor.ndim)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .spec import AttentionSpec, Inputs
-from .visibility import owners
+from .visibility import block_of, owners
 
 AT_MOST = 2
 """Intervals of a row that `Inputs.ranges` holds."""
@@ -27,9 +27,20 @@ class Ranges(NamedTuple):
     key_ranges: Tensor
 
 
+class Lengths(NamedTuple):
+    """Sizes of one packed sequence, and where its query 0 stands."""
+
+    seqlen_q: int
+    seqlen_k: int
+    shift: int
+
+
 class Call(NamedTuple):
-    """What a mask is asked about: sizes of a call, and where query 0 stands. packed: batch is the number of
-    sequences, seqlen_q and seqlen_k are those of all."""
+    """What a mask is asked about: sizes of a call, and where query 0 stands.
+
+    packed: batch is the number of sequences, seqlen_q and seqlen_k are those of all; or, where their lengths
+    are known on the host, the longest of each.
+    """
 
     batch: int
     heads: int
@@ -38,27 +49,75 @@ class Call(NamedTuple):
     shift: int
     device: torch.device
     packed: bool = False
+    lengths: tuple[Lengths, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Of the scores."""
         return self.batch, self.heads, self.seqlen_q, self.seqlen_k
 
+    def check_holds_longest(self, name: str, sizes: Sequence[int], *, broadcasts: bool) -> None:
+        """Raise if axes (sequences, heads_q, rows, keys) do not reach the longest sequences, as far as those
+        are known. broadcasts: whether a size of 1 is for any number of rows and keys."""
+        fit = [a in (1, b) for a, b in zip(sizes[:2], self.shape)]
+        fit += [a >= b or (broadcasts and a == 1) for a, b in zip(sizes[2:], self.shape[2:])]
+        if self.lengths and not (len(sizes) == 4 and all(fit)):
+            raise ValueError(
+                f"{name} must be (sequences, heads_q, rows, keys) = ({self.batch}, {self.heads}, at least "
+                f"{self.seqlen_q}, at least {self.seqlen_k}), which the longest packed sequences have, got "
+                f"{tuple(sizes)}"
+            )
+
+    def of_longest(self, inputs: Inputs, spec: AttentionSpec) -> Call:
+        """A packed call with the lengths of its sequences, which are read: that synchronises. Of meta tensors
+        nobody has them: there each sequence may be all there is."""
+        assert inputs.spans_q is not None
+        assert inputs.spans_k is not None
+        sizes: list[tuple[int, int]] = [(self.seqlen_q, self.seqlen_k)] * self.batch
+        if not inputs.spans_q.is_meta:
+            spans = torch.cat([inputs.spans_q, inputs.spans_k], 1).tolist()
+            sizes = [(row_stop - row, col_stop - col) for row, row_stop, col, col_stop in spans]
+        seqlen_q, seqlen_k = (max(x) for x in zip(*sizes, strict=True))
+        lengths = tuple(Lengths(*both, spec.shift(*both)) for both in sizes)
+        return self._replace(seqlen_q=seqlen_q, seqlen_k=seqlen_k, lengths=lengths)
+
+
+class Entries(NamedTuple):
+    """Batch entries of a call that is dense, or sequences: number, int64 (entries, 1). The others: an int
+    for all entries, or int32 (entries, 1) for sequences."""
+
+    number: Tensor
+    seqlen_q: int | Tensor
+    seqlen_k: int | Tensor
+    shift: int | Tensor
+
+    @classmethod
+    def of(cls, call: Call, sequences: Sequence[int] | None = None) -> Entries:
+        """All of a dense call; these of a packed one, which has lengths."""
+        if sequences is None:
+            number = torch.arange(call.batch, device=call.device)[:, None]
+            return cls(number, call.seqlen_q, call.seqlen_k, call.shift)
+        rows = [(i, *call.lengths[i]) for i in sequences]
+        number, *others = torch.tensor(rows, device=call.device).split(1, 1)
+        seqlen_q, seqlen_k, shift = (x.int() for x in others)
+        return cls(number, seqlen_q, seqlen_k, shift)
+
 
 class Rows(NamedTuple):
     """Query rows, and what places them among the keys.
 
-    number, position: int32 (1, rows): each row's own, and where it stands on the axis of keys. batch, heads:
-    of the call; packed, batch is the number of sequences. seqlen_k: an int, or, packed, int32 (1, rows), as
-    sequence and owned are: which sequence a row belongs to, counting within it, and whether to one at all.
+    Rows of batch entries, or of sequences, as many of each: number, int32 (1, rows), each row's own; position
+    (1 or entries, rows), where it stands on the axis of keys; entry, int64 (entries, 1); seqlen_k, an int
+    or int32 (entries, 1); owned, (entries, rows), None if all: whether the sequence has such a row.
+    All rows of a packed call: each of these is (1, rows), number and position count within the sequence, and
+    rows that belong to no sequence are not owned. heads: of the call.
     """
 
     number: Tensor
     position: Tensor
+    entry: Tensor
     seqlen_k: int | Tensor
-    batch: int
     heads: int
-    sequence: Tensor | None = None
     owned: Tensor | None = None
 
     @classmethod
@@ -67,31 +126,46 @@ class Rows(NamedTuple):
         (batch, heads, seqlen_q, _), seqlen_k = inputs.q.shape, inputs.k.shape[2]
         if inputs.spans_q is None or inputs.spans_k is None:
             shift = spec.shift(seqlen_q, seqlen_k)
-            return cls.between(slice(0, seqlen_q), shift, seqlen_k, batch, heads, inputs.q.device)
+            call = Call(batch, heads, seqlen_q, seqlen_k, shift, inputs.q.device)
+            return cls.between(slice(0, seqlen_q), Entries.of(call), heads)
         sequence, place, owned = (x[None] for x in owners(inputs.spans_q, seqlen_q))
         len_q, len_k = ((x[:, 1] - x[:, 0])[sequence] for x in (inputs.spans_q, inputs.spans_k))
         position = place if spec.top_left else place + (len_k - len_q)
-        return cls(place, position, len_k, inputs.spans_q.shape[0], heads, sequence, owned)
+        return cls(place, position, sequence, len_k, heads, owned)
 
     @classmethod
-    def between(
-        cls, rows: slice, shift: int, seqlen_k: int, batch: int, heads: int, device: torch.device
-    ) -> Rows:
-        """Some rows of a dense call, whose row 0 stands at shift."""
-        number = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device)[None]
-        return cls(number, number + shift, seqlen_k, batch, heads)
+    def between(cls, rows: slice, entries: Entries, heads: int) -> Rows:
+        """Some rows of each of the entries."""
+        number = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=entries.number.device)[None]
+        owned = None if isinstance(entries.seqlen_q, int) else number < entries.seqlen_q
+        return cls(number, number + entries.shift, entries.number, entries.seqlen_k, heads, owned)
 
     def columns(self, cols: slice) -> Tensor:
         """Numbers of keys, [cols], where the rows are."""
         return torch.arange(cols.start, cols.stop, device=self.number.device)
 
     def each(self, x: Tensor) -> Tensor:
-        """What x, (1 or batch,), says of the rows: (1 or batch, 1), or (1, rows) if packed."""
-        return x[:, None] if self.sequence is None else x.expand(self.batch)[self.sequence]
+        """What x, (1 or batch,), says of the rows, shaped like entry, or (1, 1)."""
+        return x[:, None] if x.shape[0] == 1 else x[self.entry]
 
     def look_up(self, x: Tensor, at: Tensor) -> Tensor:
-        """x, (1 or batch, n), at one place for each row, (1, rows): (1 or batch, rows), or (1, rows)."""
-        return x[:, at[0]] if self.sequence is None else x.expand(self.batch, -1)[self.sequence, at]
+        """x, (1 or batch, n), at a place for each row, shaped like position: (1 or entries, rows)."""
+        return x[0][at] if x.shape[0] == 1 else x[self.entry, at]
+
+    def block(self, x: Tensor, cols: slice) -> Tensor:
+        """The block of a mask, of four axes that may have size 1 and then stay so, of rows of entries."""
+        x = block_of(x, slice(None), cols)
+        entry, row = (
+            index if n != 1 else index.new_zeros(1)
+            for index, n in zip((self.entry[:, 0], self.number[0]), x.shape[::2])
+        )
+        return x[entry[:, None], :, row].transpose(1, 2)
+
+    def owns(self, cols: slice) -> Tensor | None:
+        """Which elements of a block a sequence has, (entries, 1, rows, cols); None if all."""
+        if self.owned is None or isinstance(self.seqlen_k, int):
+            return None
+        return self.owned[:, None, :, None] & (self.columns(cols) < self.seqlen_k[:, None, :, None])
 
 
 class Band(NamedTuple):

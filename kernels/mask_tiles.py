@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +26,49 @@ class Tiles(NamedTuple):
     visits_q: Tensor
     visits_k: Tensor
 
+    @classmethod
+    def listed(cls, tiles: Tensor, bits: Tensor) -> Tiles:
+        return cls(tiles, bits, _visits(tiles), _visits(tiles.mT))
+
 
 def build(shown: Shown, seqlen_q: int, seqlen_k: int, device: torch.device) -> Tiles:
     """Ask block by block; synchronises, as how many tiles have bits decides a shape."""
+    return Tiles.listed(*_sorted(shown, seqlen_q, seqlen_k, device))
+
+
+def of_sequences(
+    asked: Callable[[list[int]], Shown], lengths: Sequence[tuple[int, int]], device: torch.device
+) -> Tiles:
+    """`build` for packed sequences, of tiles of the longest; lengths: (seqlen_q, seqlen_k) of each, not all
+    without rows or without keys.
+
+    asked: element masks of some of them, by their numbers, False outside of each. Those are asked together
+    whose numbers of tiles have as many binary digits: the others do not cost what the longest costs.
+    """
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for number, sizes in enumerate(lengths):
+        alike.setdefault(tuple(n.bit_length() for n in _tiles(*sizes)), []).append(number)
+    parts, bits, count = [], [], 0
+    for numbers in alike.values():
+        seqlen_q, seqlen_k = (max(x) for x in zip(*(lengths[i] for i in numbers)))
+        if 0 in (seqlen_q, seqlen_k):
+            continue
+        own, words = _sorted(asked(numbers), seqlen_q, seqlen_k, device)
+        parts.append((numbers, torch.where(own >= 0, own + count, own)))
+        bits.append(words)
+        count += len(words)
+    longest = (max(x) for x in zip(*lengths))
+    heads = max((own.shape[1] for _, own in parts), default=1)
+    tiles = torch.full((len(lengths), heads, *_tiles(*longest)), HIDDEN, dtype=torch.int32, device=device)
+    for numbers, own in parts:
+        tiles[torch.tensor(numbers, device=device), :, : own.shape[2], : own.shape[3]] = own
+    if not bits:
+        bits.append(_no_bits(device))
+    return Tiles.listed(tiles, torch.cat(bits))
+
+
+def _sorted(shown: Shown, seqlen_q: int, seqlen_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`Tiles.tiles` and `bits`."""
     planes = shown(slice(0, 1), slice(0, 1)).shape[:2]
     tiles = torch.full((*planes, *_tiles(seqlen_q, seqlen_k)), HIDDEN, dtype=torch.int32, device=device)
     bits, count = [], 0
@@ -43,8 +83,13 @@ def build(shown: Shown, seqlen_q: int, seqlen_k: int, device: torch.device) -> T
             bits.append(words)
             count += len(words)
     if count == 0:
-        bits.append(torch.zeros(1, TILE, TILE // 32, dtype=torch.int32, device=device))
-    return Tiles(tiles, torch.cat(bits), _visits(tiles), _visits(tiles.mT))
+        bits.append(_no_bits(device))
+    return tiles, torch.cat(bits)
+
+
+def _no_bits(device: torch.device) -> Tensor:
+    """What may not be empty."""
+    return torch.zeros(1, TILE, TILE // 32, dtype=torch.int32, device=device)
 
 
 def count(shown: Shown, seqlen_q: int, seqlen_k: int) -> int:

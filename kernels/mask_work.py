@@ -7,24 +7,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .flops import lengths
 from .spec import HIDDEN, TILE, WHOLE, Inputs
 
 
 class Work(NamedTuple):
-    """Averages over batch entries and heads: the share of scores that are visible, and tiles to visit."""
+    """The share of scores that are visible, and tiles to visit: averages over batch entries and heads, or, of
+    all packed sequences, over heads."""
 
     share: float
     tiles: int
 
 
 def left_by_mask(inputs: Inputs) -> Work | None:
-    """What `Inputs.ranges` or `tiles` leave; None without them, of sequences, and of values that nobody has.
+    """What `Inputs.ranges` or `tiles` leave; None without them, of ranges of sequences, and of values that
+    nobody has.
 
     Reads them, which synchronises.
     """
     seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
-    if inputs.q.is_meta or inputs.spans_q is not None or 0 in (seqlen_q, seqlen_k):
+    if inputs.q.is_meta or 0 in (seqlen_q, seqlen_k):
         return None
+    if inputs.spans_q is not None:
+        if inputs.tiles is None or inputs.bits is None:
+            return None
+        (scores, tiles), heads = _of_tiles(inputs.tiles, inputs.bits), inputs.tiles.shape[1]
+        total = sum(rows * keys for rows, keys in lengths(inputs))
+        return Work(scores / (heads * total), round(tiles / heads))
     if inputs.ranges is not None:
         scores, tiles = _of_ranges(inputs.ranges)
         planes = inputs.ranges.shape[0]

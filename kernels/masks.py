@@ -209,7 +209,10 @@ class Predicate(Atom):
         return (1, 1) if self.sizes is None else self.sizes[:2]
 
     def _fits_atom(self, call: Call) -> None:
-        if self.sizes is None or call.packed:
+        if self.sizes is None:
+            return
+        if call.packed:
+            call.check_holds_longest("what mask is for", self.sizes, broadcasts=False)
             return
         planes = all(a in (1, b) for a, b in zip(self._planes(), call.shape))
         if self.sizes[2:] != call.shape[2:] or not planes:
@@ -219,13 +222,13 @@ class Predicate(Atom):
 
     def _shown(self, rows: Rows, cols: slice) -> Tensor:
         col = rows.columns(cols)
-        b, h = (torch.arange(n, device=col.device) for n in (rows.batch, rows.heads))
+        b, h = rows.entry[:, 0], torch.arange(rows.heads, device=col.device)
         index = (b[:, None, None, None], h[:, None, None], rows.number[0].long()[:, None], col)
         shown = self.fn(*(x[(None,) * (4 - x.ndim)] for x in index))
         if not isinstance(shown, Tensor) or shown.dtype != torch.bool:
             found = shown.dtype if isinstance(shown, Tensor) else type(shown).__name__
             raise TypeError(f"the predicate of a mask must return a bool tensor, got {found}")
-        shape = rows.batch, rows.heads, rows.number.shape[1], len(col)
+        shape = len(b), rows.heads, rows.number.shape[1], len(col)
         if shown.ndim > 4 or any(a not in (1, b) for a, b in zip(reversed(shown.shape), reversed(shape))):
             raise ValueError(
                 "what the predicate of a mask returns must broadcast like its arguments to "
@@ -242,6 +245,9 @@ def from_predicate(fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Ma
     once. What it says is kept while the mask object is used for calls of the same sizes: make a new one when
     what fn looks at has changed. torch.compile takes a mask that has been used once, in an eager call of the
     same sizes.
+
+    Packed, b is the number of the sequence, q and k count from its start. Some sequences are asked at a time,
+    as far as the longest of them reaches: past the end of another fn may say anything, as nobody sees that.
     """
     if not callable(fn):
         raise TypeError(f"fn of from_predicate must be callable, got {type(fn).__name__}")
@@ -253,11 +259,11 @@ def compiled(
 ) -> tuple[Inputs, AttentionSpec]:
     """What a call of inputs and spec becomes with the mask in it.
 
-    Synchronises only for tiles, when they are made, and with `check`, which looks at values on the device.
+    Synchronises only for tiles, when they are made, or packed, when lengths are read, which is in every call;
+    and with `check`, which looks at values on the device.
 
     Raises:
         ValueError, TypeError: the mask is not for this call; names what is wrong.
-        NotImplementedError: packed sequences under a mask that is no intervals.
     """
     spec = _aligned(mask, spec)
     (batch, heads, seqlen_q, _), seqlen_k = inputs.q.shape, inputs.k.shape[2]
@@ -280,14 +286,13 @@ def compiled(
         found = mask._ranges_of(Rows.of(inputs, spec), within, seqlen_k, inputs.spans_q, inputs.spans_k)
     else:
         found = mask._ranges(call, within)
-    spec = spec._replace(left=None, right=None)
-    if found is not None:
-        return inputs._replace(**found._asdict()), spec
-    if packed:
-        raise NotImplementedError(
-            f"packed sequences take masks that show each query at most two intervals of keys, got {mask!r}"
-        )
-    return inputs._replace(**mask._tiles(call, within)._asdict()), spec
+    if found is None and packed:
+        call = call.of_longest(inputs, spec)
+        mask._fits(call)
+        if 0 in call.shape:
+            return inputs, spec
+    made = mask._tiles(call, within) if found is None else found
+    return inputs._replace(**made._asdict()), spec._replace(left=None, right=None)
 
 
 def _key_counts(inputs: Inputs, batch: int) -> list[int]:

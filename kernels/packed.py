@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs, Needs, like
+from .spec import N_GRADIENTS, TILE, AttentionSpec, Gradients, Inputs, Needs, like
 from .visibility import block_of, entries_of
 
 Results = tuple[Tensor, Tensor, "Tensor | None"]
@@ -36,13 +36,17 @@ class Piece(NamedTuple):
         return self._of(x, self.cols)
 
     def cut(self, inputs: Inputs) -> Inputs:
-        """The dense problem; all but ranges are views. Tiles are not for packed sequences."""
+        """The dense problem; all but ranges are views. Lists of tiles are for kernels, which cut nothing."""
         n = self.entries.stop - self.entries.start
         rows, cols = (slice(0, (x.stop - x.start) // n) for x in (self.rows, self.cols))
 
         def corner(x: Tensor | None) -> Tensor | None:
             return None if x is None else block_of(entries_of(x, self.entries), rows, cols)
 
+        tiles = inputs.tiles
+        if tiles is not None:
+            n_rows, n_cols = (-(-x.stop // TILE) for x in (rows, cols))
+            tiles = entries_of(tiles, self.entries)[:, :, :n_rows, :n_cols]
         return inputs._replace(
             q=self.rows_of(inputs.q),
             k=self.keys_of(inputs.k),
@@ -51,6 +55,9 @@ class Piece(NamedTuple):
             slopes=None if inputs.slopes is None else entries_of(inputs.slopes, self.entries),
             mask=corner(inputs.mask),
             ranges=None if inputs.ranges is None else self.rows_of(inputs.ranges).contiguous(),
+            tiles=tiles,
+            visits_q=None,
+            visits_k=None,
             key_lengths=None if inputs.key_lengths is None else inputs.key_lengths[self.entries],
             spans_q=None,
             spans_k=None,

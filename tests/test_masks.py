@@ -37,7 +37,6 @@ from undivided.conformance.evaluation import evaluate, expected
 from undivided.kernels import mask_tiles
 from undivided.kernels.functional import prepare
 from undivided.kernels.mask_algebra import Atom, Joined
-from undivided.kernels.masks import compiled
 from undivided.kernels.spec import HIDDEN, TILE, WHOLE, AttentionSpec, Inputs
 from undivided.kernels.visibility import visible
 
@@ -553,83 +552,6 @@ def test_atoms_are_made_of_nothing_else() -> None:
         mask = make()
         assert isinstance(mask, Atom)
         assert mask._atoms() == (mask,)
-
-
-def packed(lengths_q: list[int], lengths_k: list[int]) -> tuple[Inputs, list[tuple[int, int]]]:
-    """Inputs of sequences one behind the other, with a gap before each."""
-    spans, start_q, start_k = [], 0, 0
-    for n_q, n_k in zip(lengths_q, lengths_k, strict=True):
-        spans.append((start_q + 1, start_q + 1 + n_q, start_k + 2, start_k + 2 + n_k))
-        start_q, start_k = spans[-1][1], spans[-1][3]
-    table = torch.tensor(spans, dtype=torch.int32)
-    q, k = torch.zeros(1, 2, start_q + 3, 8), torch.zeros(1, 2, start_k + 1, 8)
-    inputs = Inputs(q, k, k, spans_q=table[:, :2].contiguous(), spans_k=table[:, 2:].contiguous())
-    return inputs, [(a, b) for a, b, _, _ in spans]
-
-
-@pytest.mark.parametrize("top_left", [False, True])
-def test_packed_sequences(top_left: bool) -> None:
-    """Positions, lengths or documents of another sequence, and rows of nobody that see something."""
-    lengths_q, lengths_k = [3, 0, 7, 10], [5, 4, 7, 6]
-    inputs, spans = packed(lengths_q, lengths_k)
-    ids = torch.tensor([[0, 0, 1, 1, 1, 9, 9], [0] * 7, [0, 1, 1, -1, 2, 2, 2], [3, 3, 3, 4, 4, 4, 0]])
-    prefixes = torch.tensor([2, 1, 9, 0])
-    for mask, of_sequence in (
-        (STREAMING, lambda i: STREAMING),
-        (Documents(ids) & Window(2, 0), lambda i: Documents(ids[i, : lengths_k[i]]) & Window(2, 0)),
-        (PrefixLM(prefixes), lambda i: PrefixLM(prefixes[i : i + 1])),
-        (FirstKeys(3) | Documents(ids), lambda i: FirstKeys(3) | Documents(ids[i, : lengths_k[i]])),
-    ):
-        own, spec = compiled(mask, inputs, AttentionSpec(1.0, None, 1, top_left and mask is not STREAMING))
-        assert own.ranges is not None
-        assert spec[1:3] == (None, None)
-        rows = torch.zeros(inputs.q.shape[2], dtype=torch.bool)
-        for i, (start, stop) in enumerate(spans):
-            n_q, n_k = lengths_q[i], lengths_k[i]
-            rows[start:stop] = True
-            q, k = torch.zeros(1, 2, n_q, 8), torch.zeros(1, 2, n_k, 8)
-            alone, alone_spec = compiled(
-                of_sequence(i), Inputs(q, k, k), AttentionSpec(1.0, None, 1, spec.top_left)
-            )
-            here = own.ranges[:, :, start:stop].contiguous()
-            shown = visible(alone._replace(ranges=here), spec._replace(left=None, right=None))
-            assert torch.equal(
-                torch.ones(1, 2, n_q, n_k).bool() & shown,
-                torch.ones(1, 2, n_q, n_k).bool() & visible(alone, alone_spec),
-            )
-            assert bool((here <= n_k).all())
-        assert not bool(own.ranges[:, :, ~rows].any())
-    _, spec = compiled(Window(3, 0), inputs, AttentionSpec(1.0))
-    assert spec[1:3] == (3, 0)
-    for mask, error in (
-        (from_predicate(greater), NotImplementedError),
-        (Dense(torch.ones(7) > 0), NotImplementedError),
-        (Documents(ids[0]), ValueError),
-        (Documents(ids[:2]), ValueError),
-        (PrefixLM(prefixes[:2]), ValueError),
-    ):
-        with pytest.raises(error, match=r"packed|sequences"):
-            compiled(mask, inputs, AttentionSpec(1.0))
-
-
-@pytest.mark.parametrize("impl", ["reference", "fallback"])
-def test_packed_calls_take_masks(impl: str) -> None:
-    """Ranges of all rows cut at the wrong rows, in forward or backward."""
-    starts_q, starts_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 60, 60], [0, 9, 64, 70]))
-    ids = (torch.arange(55) // 17).expand(3, 55)
-    mask = (FirstKeys(2) | Window(9, 0)) & Documents(ids)
-    q, k, v = (torch.randn(n, 2, 8, dtype=torch.float64, requires_grad=True) for n in (60, 70, 70))
-    out = attention_varlen(q, k, v, starts_q, starts_k, mask=mask, impl=impl)
-    want = []
-    for row, stop, col, last in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
-        one = (x[None, a:b].transpose(1, 2) for x, a, b in ((q, row, stop), (k, col, last), (v, col, last)))
-        alone = (FirstKeys(2) | Window(9, 0)) & Documents(ids[0, : last - col])
-        want.append(attention(*one, mask=alone, impl="reference")[0].transpose(0, 1))
-    torch.testing.assert_close(out, torch.cat(want))
-    dout = torch.randn_like(out)
-    grads = torch.autograd.grad(torch.cat(want), (q, k, v), dout)
-    for x, y in zip(torch.autograd.grad(out, (q, k, v), dout), grads, strict=True):
-        torch.testing.assert_close(x, y)
 
 
 def test_intervals_are_made_once_for_calls_alike() -> None:

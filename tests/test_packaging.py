@@ -66,7 +66,7 @@ KERNELS = {
     "dispatch": {"ops", "reference", "evidence", "statistics"},
     "functional": {"dispatch", "masks", "mask_algebra", "nested", "options", "sequences", "validation"},
     "weights": {"functional", "validation"},
-    "mask_work": set(),
+    "mask_work": {"flops"},
     "explain": {
         "mask_work",
         "functional",

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from triton.runtime import interpreter
 
-from undivided import Documents
+from undivided import Documents, from_predicate
 from undivided.conformance.budget import assert_within_budget
 from undivided.conformance.cases import Case, Extra, Problem
 from undivided.conformance.evaluation import expected
@@ -208,25 +208,30 @@ def test_addresses_have_64_bits(axis: int, far_memory: Tensor, device: torch.dev
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks Triton's interpreter what it loads")
-@pytest.mark.parametrize("cu_seqlens", [[0, 32, 64, 70], [70, 70, 70, 70]], ids=str)
+@pytest.mark.parametrize(
+    ("cu_seqlens", "listed"),
+    [([0, 32, 64, 70], False), ([70, 70, 70, 70], False), ([0, 32, 64, 70], True)],
+    ids=str,
+)
 def test_tiles_that_nobody_needs_load_nothing_outside(
-    cu_seqlens: list[int], monkeypatch: pytest.MonkeyPatch
+    cu_seqlens: list[int], listed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a packed axis' spare tiles, whose sequence is -1, as an index; and a start at the very end."""
     total, sequences = cu_seqlens[-1], len(cu_seqlens) - 1
     q = torch.randn(total, 1, 16)
+    mask = Documents(torch.zeros(sequences, total, dtype=torch.int64))
     inputs, spec = prepare(
-        q, q, q, {"mask": Documents(torch.zeros(sequences, total, dtype=torch.int64))},
+        q, q, q, {"mask": mask & from_predicate(lambda b, h, q, k: q >= k) if listed else mask},
         sequences=Sequences(torch.tensor(cu_seqlens)),
     )  # fmt: skip
-    assert inputs.ranges is not None
-    assert inputs.key_ranges is not None
     around = {
         "slopes": torch.ones(3 * sequences, 1),
         "key_lengths": torch.ones(3 * sequences, dtype=torch.int32),
-        "ranges": torch.cat([inputs.ranges] * 3),
-        "key_ranges": torch.cat([inputs.key_ranges] * 3),
     }
+    for name in ("tiles", "visits_q", "visits_k") if listed else ("ranges", "key_ranges"):
+        x = getattr(inputs, name)
+        assert x is not None
+        around[name] = torch.cat([x] * 3)
     inputs = inputs._replace(**{name: x.tensor_split(3)[1] for name, x in around.items()})
     loaded: list[np.ndarray] = []
 

@@ -183,11 +183,14 @@ def in_ranges(ranges, rows, cols, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def visits_of(visits_ptr, visits_strides, batch, head, tile):
-    """(where the list of a row of tiles starts, how many of them are whole, how many there are)."""
+    """(where the list of a row of tiles starts, how many of them are whole, how many there are).
+
+    A tile that no packed sequence needs, of batch -1, has no list.
+    """
     ptr = visits_ptr + batch.to(tl.int64) * visits_strides[0] + head.to(tl.int64) * visits_strides[1]
     ptr += tile.to(tl.int64) * visits_strides[2]
-    n_whole = tl.load(ptr)
-    return ptr + 2, n_whole, n_whole + tl.load(ptr + 1)
+    n_whole = tl.load(ptr, mask=batch >= 0, other=0)
+    return ptr + 2, n_whole, n_whole + tl.load(ptr + 1, mask=batch >= 0, other=0)
 
 
 @triton.jit
