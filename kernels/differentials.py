@@ -141,7 +141,10 @@ class Hvp(torch.autograd.Function):
 
 
 _REFERENCE = "impl='reference' is differentiable to any order, with seqlen_q x seqlen_k memory"
-_THRICE = f"fused attention is differentiable twice, this would be a third derivative; {_REFERENCE}"
+_THRICE = (
+    "fused attention is differentiable twice, this would be a third derivative (products with the Hessian: "
+    f"torch.func.jvp of torch.func.grad, or torch.autograd.functional.vhp); {_REFERENCE}"
+)
 
 
 def _apply(function: Any, *args: Any) -> Any:

@@ -20,8 +20,9 @@ def forward_flops(inputs: Inputs, spec: AttentionSpec) -> int:
 
 
 def backward_flops(inputs: Inputs, spec: AttentionSpec) -> int:
-    """Five products over the visible scores: three with head_dim, two with head_dim_v."""
-    return _flops(inputs, spec, products_qk=3, products_v=2)
+    """Five products over the visible scores, three with head_dim and two with head_dim_v; precise: seven."""
+    more = int(spec.precise and inputs.q.element_size() == 2)
+    return _flops(inputs, spec, products_qk=3 + more, products_v=2 + more)
 
 
 def lengths(inputs: Inputs) -> list[tuple[int, int]]:

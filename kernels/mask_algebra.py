@@ -47,6 +47,9 @@ class Mask:
     i + (seqlen_k - seqlen_q), or at i where the mask has a `Causal(align="top-left")`.
     """
 
+    def __bool__(self) -> bool:
+        raise TypeError("a mask has no truth value: combine masks with & and |, not with `and` and `or`")
+
     def __and__(self, other: Mask | Tensor) -> Mask:
         return _joined(And, self, other)
 
@@ -113,13 +116,21 @@ class Mask:
     ) -> Any:
         """Draw which tiles of scores are skipped, whole and partial, for one batch entry and head.
 
-        ax: matplotlib's Axes to draw on; a new figure's if None. Returns it.
+        batch, heads: of the call, by default as few as have that entry and head. ax: matplotlib's Axes to
+        draw on; a new figure's if None. Returns it.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed; says how to get it.
+            ValueError, IndexError: the mask is not for these sizes; an entry or head that is not there.
         """
         from .mask_plot import draw
 
+        of_batch, of_heads = (max(n) for n in zip(*(atom._planes() for atom in self._atoms()), strict=True))
+        batch = max(of_batch, entry + 1) if batch is None else batch
+        heads = max(of_heads, head + 1) if heads is None else heads
+        for name, index, size in (("entry", entry, batch), ("head", head, heads)):
+            if not 0 <= index < size:
+                raise IndexError(f"{name} must lie in [0, {size}), got {index}")
         call = self._call(seqlen_q, seqlen_k, batch, heads, None)
         tiles = self._tiles(call).tiles
         chosen = (min(i, n - 1) for i, n in zip((entry, head), tiles.shape))
@@ -150,7 +161,7 @@ class Mask:
         float, 0 where visible and the dtype's lowest number or -inf where hidden.
 
         Raises:
-            ValueError: another shape, or other values, for which a float mask is read: that synchronises.
+            ValueError: another shape, or other values: all but bool masks are read, which synchronises.
         """
         from .mask_converters import from_transformers
 
@@ -202,6 +213,9 @@ class Mask:
         device: torch.device | str | None,
     ) -> Call:
         """The call that the arguments of `to_dense` mean."""
+        for name, size in (("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k)):
+            if size < 0:
+                raise ValueError(f"{name} must be >= 0, got {size}")
         tensors = [x for atom in self._atoms() for x in atom._tensors()]
         planes = [atom._planes() for atom in self._atoms()]
         if device is None:

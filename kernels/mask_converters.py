@@ -39,6 +39,8 @@ def from_flash_attention(
     *, causal: bool = False, window_size: tuple[int | None, int | None] = (-1, -1)
 ) -> Mask:
     """Of flash_attn's functions: bottom-right, both ends of the window included, causal means right = 0."""
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
     left, right = (None if side is None or side < 0 else side for side in window_size)
     if not causal:
         return Window(left, right)
@@ -46,12 +48,18 @@ def from_flash_attention(
 
 
 def from_transformers(attention_mask: Tensor | None) -> Mask | None:
-    """Of what transformers gives its attention functions; float masks are read: they may only hide."""
+    """Of what transformers gives its attention functions; but for bool masks values are read: they may only
+    hide."""
     if attention_mask is None:
         return None
     check_tensor("attention_mask", attention_mask)
     shape, dtype = tuple(attention_mask.shape), attention_mask.dtype
     if attention_mask.ndim == 2:
+        if dtype != torch.bool and (dtype in DTYPES or bool(((attention_mask | 1) != 1).any())):
+            raise ValueError(
+                "attention_mask of two axes must be bool, or hold 1 (a key to be seen) and 0 as integers; "
+                "numbers of packed sequences go into Documents"
+            )
         return Dense(attention_mask.bool()[:, None, None])
     if attention_mask.ndim != 4:
         raise ValueError(

@@ -140,10 +140,13 @@ class Documents(Atom):
     def from_cu_seqlens(cls, cu_seqlens: Tensor, total: int) -> Documents:
         """Documents one behind the other: document i has the keys cu_seqlens[i] ... cu_seqlens[i + 1] - 1.
 
-        cu_seqlens: int32 or int64 (documents + 1,), ascending. total: how many keys there are; those in no
-        document are padding.
+        cu_seqlens: int32 or int64 (documents + 1,). total: how many keys there are; those in no document are
+        padding. An entry below the one before it is taken as equal to it, as `attention_varlen` does.
         """
         _check_ints("cu_seqlens of Documents", cu_seqlens, "(documents + 1,)", (1,))
+        if cu_seqlens.shape[0] == 0:
+            raise ValueError("cu_seqlens of Documents must have shape (documents + 1,), got (0,)")
+        cu_seqlens = cu_seqlens.cummax(0).values
         place = torch.arange(total, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
         ids = torch.searchsorted(cu_seqlens.contiguous(), place, right=True, out_int32=True) - 1
         return cls(ids.masked_fill(ids >= cu_seqlens.shape[0] - 1, -1))

@@ -97,7 +97,7 @@ def _side(name: str, side: int | None) -> int | None:
         raise TypeError(f"window {name} must be an int or None, got {side!r}")
     if side < 0:
         raise ValueError(f"window {name} must be >= 0, or None for unbounded, got {side}")
-    return int(side)
+    return min(int(side), 2**31 - 1)  # operators take 64 bits, and no sequence is longer
 
 
 def _number(name: str, number: float | None) -> float | None:

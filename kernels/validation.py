@@ -65,8 +65,13 @@ def make_inputs(
     mask, key_lengths = options["mask"], options["key_lengths"]
     bias, slopes, table = _split_biases(options["bias"], q, target)
     if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(
+                "mask must be a bool tensor or a mask object, such as Causal() or Documents(ids); "
+                "from_predicate makes one of a function, Mask.from_block_mask of a BlockMask; "
+                f"got {mask if isinstance(mask, type) else type(mask)}"
+            )
         check_tensor("mask", mask, q.device)
-        assert isinstance(mask, Tensor)
         if mask.dtype != torch.bool:
             raise TypeError(
                 f"mask must be a bool tensor (True = may attend), got {mask.dtype}; "

@@ -106,5 +106,5 @@ def test_a_missing_axis_is_found(solved: tuple[Results, Oracle]) -> None:
 def test_the_worst_constants_are_returned(solved: tuple[Results, Oracle]) -> None:
     """A figure that reports could not publish: they are scale-free and at most what is allowed."""
     constants = assert_within_budget(solved[0], solved[1], "kernel")
-    assert set(constants) == {"out", "lse", "dq", "dk", "dv"}
+    assert {"out", "lse", "dq", "dk", "dv"} <= set(constants)
     assert 0.1 < constants["out"] <= 2.0

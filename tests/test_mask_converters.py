@@ -185,3 +185,17 @@ def test_ranges_of_vmap_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     mapped = torch.func.vmap(lambda q: attention(q, q, q, mask=mask, impl="fallback"))(q)
     assert seen == [((3, 2, 30), True)]
     torch.testing.assert_close(mapped, torch.stack([attention(x, x, x, mask=mask) for x in q]))
+
+
+def test_two_axes_of_transformers_are_kept_or_not() -> None:
+    """An additive mask read upside down; ids of packed sequences read as all visible."""
+    hidden = torch.zeros(2, 8)
+    hidden[:, :3] = -torch.inf
+    for wrong in (hidden, torch.tensor([[1, 1, 2, 2]])):
+        with pytest.raises(ValueError, match="attention_mask of two axes must be bool, or hold 1"):
+            Mask.from_transformers(wrong)
+
+
+def test_a_window_of_flash_attention_is_a_pair() -> None:
+    with pytest.raises(TypeError, match="window_size must be a pair"):
+        Mask.from_flash_attention(window_size=3)  # type: ignore[arg-type]

@@ -627,3 +627,35 @@ def test_check_asks_each_sequence() -> None:
     attention_varlen(q, q, q, cu, mask=PrefixLM(torch.tensor([4, 6])), check=True)
     with pytest.raises(ValueError, match="PrefixLM lengths must lie"):
         attention_varlen(q, q, q, cu, mask=PrefixLM(torch.tensor([5, 6])), check=True)
+
+
+def test_and_is_no_ampersand() -> None:
+    """Catches `Causal() and Window(3, 0)`, which is the window alone to Python."""
+    with pytest.raises(TypeError, match="combine masks with & and"):
+        _ = Causal() and Window(3, 0)
+
+
+def test_a_wrong_mask_is_told_of_mask_objects() -> None:
+    """An error that sends who forgot () or passed a function to a tensor."""
+    q = torch.randn(1, 1, 4, 8)
+    for wrong in (Causal, lambda b, h, q, k: q >= k, "causal"):
+        with pytest.raises(TypeError, match=r"a mask object, such as Causal\(\).*from_predicate"):
+            attention(q, q, q, mask=wrong)  # type: ignore[arg-type]
+
+
+def test_offsets_of_documents_do_not_decrease() -> None:
+    """Keys that three documents claim: taken as packed sequences take such offsets."""
+    ids = Documents.from_cu_seqlens(torch.tensor([0, 3, 2, 6]), 7).ids
+    assert ids.tolist() == [0, 0, 0, 2, 2, 2, -1]
+    with pytest.raises(ValueError, match=r"documents \+ 1"):
+        Documents.from_cu_seqlens(torch.zeros(0, dtype=torch.int32), 7)
+
+
+def test_a_picture_is_of_the_head_that_was_asked_for() -> None:
+    """The last head of too few, drawn for one that the mask would hide."""
+    pytest.importorskip("matplotlib")
+    mask = from_predicate(lambda b, h, q, k: (q >= k) & (h < 3))
+    legend = [text.get_text() for text in mask.plot(64, 64, head=3).get_legend().get_texts()]
+    assert legend == ["skipped: 1", "whole: 0", "partial: 0"]
+    with pytest.raises(IndexError, match="head must lie in"):
+        mask.plot(64, 64, head=3, heads=2)
