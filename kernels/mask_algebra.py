@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,30 +10,14 @@ import torch
 from torch import Tensor
 
 from . import mask_tiles
-from .mask_intervals import (
-    UNBOUNDED,
-    Band,
-    Call,
-    Entries,
-    Interval,
-    Ranges,
-    Rows,
-    as_ranges,
-    band,
-    holds,
-    intersected,
-    united,
-)
-from .mask_tiles import Tiles
+from .mask_compile import asked, tiles_of
+from .mask_intervals import Band, Call, Interval, Rows, band, holds, intersected, united
 from .validation import check_tensor
-from .visibility import rows_of_keys
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _T = TypeVar("_T")
-_KEPT = 4
-"""Kinds of calls that a mask remembers."""
 
 
 class Mask:
@@ -83,7 +66,7 @@ class Mask:
             ValueError: the mask is not for these sizes.
         """
         call = self._call(seqlen_q, seqlen_k, batch, heads, device)
-        shown = self._asked(call)(slice(0, seqlen_q), slice(0, seqlen_k))
+        shown = asked(self, call)(slice(0, seqlen_q), slice(0, seqlen_k))
         return shown.expand(*shown.shape[:2], seqlen_q, seqlen_k).contiguous()
 
     def density(
@@ -97,7 +80,7 @@ class Mask:
     ) -> float:
         """The visible fraction of all scores; arguments as for `to_dense`. Synchronises."""
         call = self._call(seqlen_q, seqlen_k, batch, heads, device)
-        shown = self._asked(call)
+        shown = asked(self, call)
         if 0 in call.shape:
             return 0.0
         planes = shown(slice(0, 1), slice(0, 1)).shape[:2].numel()
@@ -132,7 +115,7 @@ class Mask:
             if not 0 <= index < size:
                 raise IndexError(f"{name} must lie in [0, {size}), got {index}")
         call = self._call(seqlen_q, seqlen_k, batch, heads, None)
-        tiles = self._tiles(call).tiles
+        tiles = tiles_of(self, call).tiles
         chosen = (min(i, n - 1) for i, n in zip((entry, head), tiles.shape))
         return draw(tiles[tuple(chosen)], seqlen_q, seqlen_k, repr(self), ax)
 
@@ -231,86 +214,6 @@ class Mask:
         )
         self._fits(call)
         return call
-
-    def _asked(
-        self, call: Call, within: Band = UNBOUNDED, sequences: list[int] | None = None
-    ) -> mask_tiles.Shown:
-        """Element masks of blocks of a dense call, or of some sequences of a packed one: what the mask and a
-        band both show."""
-        entries = Entries.of(call, sequences)
-
-        def shown(rows: slice, cols: slice) -> Tensor:
-            place = Rows.between(rows, entries, call.heads)
-            shown, owned = self._shown(place, cols), place.owns(cols)
-            shown = shown[(None,) * (4 - shown.ndim)]
-            if within != UNBOUNDED:
-                shown = shown & holds([band(*within, place)], place.columns(cols))
-            return shown if owned is None else shown & owned
-
-        return shown
-
-    def _ranges(self, call: Call, within: Band) -> Ranges | None:
-        """Intervals of what the mask and a band both show, if that can be; kept like tiles."""
-        rows = slice(0, call.seqlen_q)
-
-        def made() -> Ranges | None:
-            place = Rows.between(rows, Entries.of(call), call.heads)
-            return self._ranges_of(place, within, call.seqlen_k)
-
-        return made() if _is_watched(call.device) else self._kept("ranges", call, within, made)
-
-    def _ranges_of(
-        self,
-        rows: Rows,
-        within: Band,
-        seqlen_k: int,
-        spans_q: Tensor | None = None,
-        spans_k: Tensor | None = None,
-    ) -> Ranges | None:
-        """The same for any rows; spans: those of `Inputs`, of a packed call."""
-        found = self._intervals(rows)
-        intervals = None if found is None else intersected(found, [band(*within, rows)])
-        if intervals is None:
-            return None
-        ranges = as_ranges(intervals, rows)
-        return Ranges(ranges, rows_of_keys(ranges, seqlen_k, spans_q, spans_k))
-
-    def _tiles(self, call: Call, within: Band = UNBOUNDED) -> Tiles:
-        """Tiles of what the mask and a band both show; kept until a tensor in it changes."""
-
-        def made() -> Tiles:
-            if call.packed:
-                asked = functools.partial(self._asked, call, within)
-                return mask_tiles.of_sequences(asked, [both[:2] for both in call.lengths], call.device)
-            return mask_tiles.build(self._asked(call, within), call.seqlen_q, call.seqlen_k, call.device)
-
-        return self._kept("tiles", call, within, made)
-
-    def _kept(self, what: str, call: Call, within: Band, made: Callable[[], _T]) -> _T:
-        """What is made for a call, or was made for one like it."""
-        tensors = [x for atom in self._atoms() for x in atom._tensors()]
-        edits = None if any(x.is_inference() for x in tensors) else tuple(x._version for x in tensors)
-        kept: dict[Any, tuple[_T]] = vars(self).setdefault("_built", {})
-        key = (what, call, within, edits)
-        found = kept.get(key)
-        if found is None:
-            with torch.inference_mode(False):  # a later call may save them for its backward
-                found = (made(),)
-            if edits is not None and not _is_watched(call.device):
-                while len(kept) >= _KEPT:
-                    kept.pop(next(iter(kept)), None)  # None: another thread was faster
-                kept[key] = found
-        return found[0]
-
-
-def _is_watched(device: torch.device) -> bool:
-    """Whether tensors made now are a tracer's or a transform's, or must be made anew at each replay."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-    )
 
 
 class Atom(Mask):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .mask_algebra import Atom, Dense, Mask, described
+from .mask_compile import ranges_for, ranges_of, tiles_of
 from .mask_intervals import Band, Call, Interval, Rows, band
 from .spec import AttentionSpec, Inputs
 from .validation import check_tensor
@@ -286,15 +287,15 @@ def compiled(
     if padding is not None and not packed:
         return inputs._replace(mask=padding), spec
     if packed:
-        found = mask._ranges_of(Rows.of(inputs, spec), within, seqlen_k, inputs.spans_q, inputs.spans_k)
+        found = ranges_for(mask, Rows.of(inputs, spec), within, seqlen_k, inputs.spans_q, inputs.spans_k)
     else:
-        found = mask._ranges(call, within)
+        found = ranges_of(mask, call, within)
     if found is None and packed:
         call = call.of_longest(inputs, spec)
         mask._fits(call)
         if 0 in call.shape:
             return inputs, spec
-    made = mask._tiles(call, within) if found is None else found
+    made = tiles_of(mask, call, within) if found is None else found
     return inputs._replace(**made._asdict()), spec._replace(left=None, right=None)
 
 

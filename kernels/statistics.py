@@ -36,10 +36,12 @@ def entropy_and_key_mass(
     inputs = inputs._replace(v=inputs.k.detach()[..., :0], seed=None)
     spec = spec._replace(dropout_p=0.0, precise=False, want_lse=True, want_max=False)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:N_GRADIENTS])
     function: Any = _TransformableStatistics if transformed else _Statistics
+    call: Any = function.apply if transformed or wanted else _statistics_op
     if torch.compiler.is_compiling():
         inputs = Inputs._make(each_once(inputs))
-    found: tuple[Tensor, Tensor] = function.apply(lse.detach(), *inputs, *spec, entropy, key_mass)
+    found: tuple[Tensor, Tensor] = call(lse.detach(), *inputs, *spec, entropy, key_mass)
     return found[0] if entropy else None, found[1] if key_mass else None
 
 

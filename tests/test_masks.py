@@ -37,6 +37,7 @@ from undivided.conformance.evaluation import evaluate, expected
 from undivided.kernels import mask_tiles
 from undivided.kernels.functional import prepare
 from undivided.kernels.mask_algebra import Atom, Joined
+from undivided.kernels.mask_compile import tiles_of
 from undivided.kernels.spec import HIDDEN, TILE, WHOLE, AttentionSpec, Inputs
 from undivided.kernels.visibility import visible
 
@@ -366,7 +367,7 @@ def test_weights_and_explain_take_masks() -> None:
         density = mask.density(1000, 1000, batch=2, heads=2)
         assert explained.flops_forward == pytest.approx(density * full.flops_forward, rel=1e-6)
         assert explained.flops_backward == pytest.approx(density * full.flops_backward, rel=1e-6)
-        tiles = mask._tiles(mask._call(1000, 1000, 2, 2, None)).tiles
+        tiles = tiles_of(mask, mask._call(1000, 1000, 2, 2, None)).tiles
         visited = int((tiles != HIDDEN).sum()) / tiles.shape[:2].numel()
         assert visited <= explained.tiles_visited <= visited + 8
 

@@ -30,8 +30,16 @@ EVERYWHERE = {"spec", "visibility", "philox", "sinks", "biases", "tracing"}
 KERNELS = {
     "spec": {"mask_algebra"},  # a type
     "visibility": set(),
-    "masks": {"mask_algebra", "mask_intervals", "validation"},
-    "mask_algebra": {"mask_intervals", "mask_tiles", "mask_plot", "mask_converters", "validation"},
+    "masks": {"mask_algebra", "mask_compile", "mask_intervals", "validation"},
+    "mask_algebra": {
+        "mask_compile",
+        "mask_intervals",
+        "mask_tiles",
+        "mask_plot",
+        "mask_converters",
+        "validation",
+    },
+    "mask_compile": {"mask_algebra", "mask_intervals", "mask_tiles"},  # the first one for a type
     "mask_intervals": set(),
     "mask_tiles": set(),
     "mask_plot": set(),

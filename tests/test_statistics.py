@@ -312,3 +312,13 @@ def test_qk_clip() -> None:
     found = stats(q, k, v, want=("max_logit",), causal=True)
     largest = dense_scores(q, k, {"causal": True}).amax((0, 2, 3))
     torch.testing.assert_close(found.max_logit.amax((0, 2)), largest)
+
+
+def test_compiled_without_gradients() -> None:
+    """A model that is evaluated: a Function that none of its inputs differentiates could not be traced."""
+    q = torch.randn(1, 2, 9, 8)
+    run = torch.compile(
+        lambda x: attention(x, x, x, want=("entropy",)).entropy, backend="aot_eager", fullgraph=True
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(run(q), attention(q, q, q, want=("entropy",)).entropy)
