@@ -14,10 +14,8 @@ from collections.abc import Callable
 from dataclasses import fields
 
 import torch
-from torch import Tensor
 
-from ..kernels.functional import attention
-from ..kernels.spec import DTYPES, IMPLEMENTATIONS, STATISTICS
+from ..kernels.spec import DTYPES, IMPLEMENTATIONS
 from . import library_adapters
 from .adapters import ADAPTERS, ours
 from .target import NEEDS, Capabilities
@@ -30,7 +28,7 @@ YES, REFUSED, NOT_ASKED = "yes", "–", ""
 
 
 def markdown() -> str:
-    """A row for each claim that must be made, then for each of `CALLS`; a column for each implementation.
+    """A row for each claim that must be made, a column for each implementation.
 
     Of others an empty cell says that their adapter claims nothing, not that they cannot.
     """
@@ -45,8 +43,6 @@ def markdown() -> str:
             mine = [YES if _claimed(claims, field.name) else REFUSED for claims in own]
             theirs = [YES if _claimed(claims, field.name) else NOT_ASKED for claims in others.values()]
             rows.append((f"`{field.name}`", mine + theirs))
-    for name, call in CALLS.items():
-        rows.append((name, [_tried(call, impl) for impl in IMPLEMENTATIONS] + [NOT_ASKED] * len(others)))
     names = [*IMPLEMENTATIONS, *others]
     head = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     return "\n".join(head + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows])
@@ -78,28 +74,6 @@ SIZES: dict[str, Callable[[Capabilities], str]] = {
     "head_dim": _head_dims,
     "aligned": lambda claims: ", ".join(claims.alignments),
 }
-
-
-def _tried(call: Callable[[str], object], impl: str) -> str:
-    try:
-        call(impl)
-    except NotImplementedError:
-        return REFUSED
-    return YES
-
-
-def _qkv() -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.ones(3, 1, 1, 4, 16).unbind())  # type: ignore[return-value]
-
-
-def _statistic(name: str) -> Callable[[str], object]:
-    return lambda impl: attention(*_qkv(), want=(name,), impl=impl)
-
-
-CALLS: dict[str, Callable[[str], object]] = {
-    **{f'`want=("{name}",)`': _statistic(name) for name in STATISTICS},
-}
-"""What `Capabilities` do not say; an implementation that cannot raises NotImplementedError."""
 
 
 if __name__ == "__main__":
