@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..kernels import dispatch
-from ..kernels.spec import DTYPES, STATISTICS, AttentionStats
+from ..kernels.spec import DTYPES, AttentionStats
 from . import library_adapters, multihead_adapters, torch_adapters
 from .budget import Arithmetic
 from .cases import OPTIONS, Case, Problem
@@ -35,8 +35,8 @@ def ours(impl: str, native: bool | None = None) -> Target:
     native = torch.cuda.is_available() if native is None else native
 
     def attend(problem: Problem) -> AttentionStats:
-        inputs, spec = problem.prepared(STATISTICS)
-        return dispatch.run(inputs, spec, dispatch.choose(impl, inputs, spec), STATISTICS)
+        inputs, spec = problem.prepared(problem.want)
+        return dispatch.run(inputs, spec, dispatch.choose(impl, inputs, spec), problem.want)
 
     claims = replace(EVERYTHING, dtypes=_dtypes(impl, native), arithmetic=ARITHMETIC[impl])
     denied: dict[str, Any] = dict.fromkeys(_denied(impl), False)

@@ -18,7 +18,7 @@ from ..kernels.biases import ALiBi, RelativeBias
 from ..kernels.functional import prepare
 from ..kernels.packed import one_by_one
 from ..kernels.sequences import Sequences
-from ..kernels.spec import DEFAULTS, AttentionOptions, AttentionSpec, Inputs
+from ..kernels.spec import DEFAULTS, STATISTICS, AttentionOptions, AttentionSpec, Inputs
 from ..kernels.visibility import visible
 from .distributions import draw
 from .mask_objects import OBJECTS
@@ -153,7 +153,8 @@ class Case:
 class Problem(NamedTuple):
     """A case with its numbers: the tensors and options of one call, and the gradients that come back.
 
-    All have four axes, packed too: then the first has size 1, and `packed` is how a call wants them.
+    All have four axes, packed too: then the first has size 1, and `packed` is how a call wants them. want:
+    statistics that somebody will look at.
     """
 
     q: Tensor
@@ -165,6 +166,7 @@ class Problem(NamedTuple):
     dentropy: Tensor
     top_left: bool = False
     sequences: Sequences | None = None
+    want: tuple[str, ...] = STATISTICS
 
     def packed(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as (total, heads, head_dim)."""
@@ -196,8 +198,9 @@ class Problem(NamedTuple):
         q, k, v, dout, dlse, dentropy = map(change, (*self[:3], self.dout, self.dlse, self.dentropy))
         sequences = None if self.sequences is None else Sequences(*_changed(tuple(self.sequences), change))
         return Problem(
-            q, k, v, cast(AttentionOptions, options), dout, dlse, dentropy, self.top_left, sequences
-        )
+            q, k, v, cast(AttentionOptions, options), dout, dlse, dentropy, self.top_left, sequences,
+            self.want,
+        )  # fmt: skip
 
     def of_entries(self, entries: list[int]) -> Problem:
         """The problem of some batch entries, in that order."""

@@ -106,7 +106,8 @@ class Target:
     def statistics(self, problem: Problem) -> AttentionStats:
         """What `attend` returns, by name; also what is not claimed."""
         out, *others = self.attend(problem)
-        assert out is not None
+        require(isinstance(out, Tensor), f"out is {type(out).__name__}, not a tensor")
+        assert isinstance(out, Tensor)
         return AttentionStats(out, *others)
 
     def fitted(self, case: Case) -> Case:

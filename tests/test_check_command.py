@@ -113,12 +113,12 @@ def test_wrong(attention_check):
 
 def test_unmarked():
     import sys
-    assert "triton" not in sys.modules
+    assert "undivided.kernels.triton" not in sys.modules
 """
 
 
 def test_the_pytest_plugin(tmp_path: Path) -> None:
-    """Three lines give a test a question; triton stays out; a wrong function fails by name."""
+    """Three lines give a test a question; our kernels stay out; a wrong function fails by name."""
     (tmp_path / "conftest.py").write_text('pytest_plugins = ["undivided.conformance.pytest_plugin"]\n')
     (tmp_path / "test_it.py").write_text(PLUGIN_TEST)
     words = ["-q", "--strict-markers", "-p", "no:cacheprovider", "-k", "values-1x1 or probes or unmarked"]

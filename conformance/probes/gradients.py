@@ -157,7 +157,7 @@ def _one_score(subject: Subject) -> tuple[Callable[[Tensor], Tensor], Tensor, fl
     problem.q[..., 0] = 1 / slope
 
     def call(q: Tensor) -> Tensor:
-        return subject.target.attend(problem._replace(q=q))[0]
+        return subject.target.attend(problem._replace(q=q, want=()))[0]
 
     return call, problem.q, slope
 

@@ -129,8 +129,8 @@ def dbias_kernel(
     summed_batches, summed_heads: how many of each share an element of the bias. A stride of None
     in dbias_strides says the same of the rows or columns: then all their tiles are visited.
     """
-    _, _, tiles_ptr, tiles_strides, bits_ptr = listing
-    spans_q_ptr, spans_k_ptr, _ = packing
+    tiles_ptr, tiles_strides, bits_ptr = listing[2], listing[3], listing[4]
+    spans_q_ptr, spans_k_ptr = packing[0], packing[1]
     SUM_ROWS: tl.constexpr = dbias_strides[2] is None
     SUM_COLS: tl.constexpr = dbias_strides[3] is None
     row_tiles = 1 if SUM_ROWS else tl.cdiv(bias_rows, BLOCK_Q)
