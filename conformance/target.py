@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ..kernels.spec import AttentionStats
 from .budget import Arithmetic
