@@ -130,7 +130,7 @@ def test_dlse_may_be_absent_or_expanded(device: torch.device) -> None:
 
 def launches(problem: Problem, needs: Needs) -> list[str]:
     inputs, spec = problem.prepared()
-    out, lse, _ = attention_forward(inputs, spec)
+    out, lse = torch.zeros_like(problem.dout), torch.zeros_like(problem.dlse)  # nothing runs
     described = backward_launches(problem.dout, problem.dlse, out, lse, inputs, spec, needs)[1]
     return [launch.kernel.__name__ for launch in described]
 
@@ -141,8 +141,8 @@ def test_only_what_is_needed_is_computed(device: torch.device) -> None:
         "needs", heads_q=2, heads_kv=1, seqlen_q=20, bias=Extra(axes="hk"), alibi="h", sinks=True, causal=True
     ).build(SINGLE, device)
     everything = backward(problem)
-    for asked in itertools.product((False, True), repeat=N_GRADIENTS):
-        needs = Needs(*asked)
+    for asked in itertools.product((False, True), repeat=N_GRADIENTS - 1):
+        needs = Needs(*asked)  # no kernel has a table
         wanted = Gradients(*(x if need else None for x, need in zip(everything, needs)))
         assert_same(backward(problem, needs), wanted)
         q, k, v, bias, _, slopes, _ = needs

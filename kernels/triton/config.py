@@ -205,7 +205,10 @@ _CONSUMER_RANGES: Mapping[Kernel, Mapping[int, TileConfig]] = {
     "dq": {128: TileConfig(64, 32, 8, 2)},
 }
 _HOPPER_RANGES: Mapping[Kernel, Mapping[int, TileConfig]] = {"dq": {64: TileConfig(128, 64, 8, 2)}}
-_HOPPER_TILES: Mapping[Kernel, Mapping[int, TileConfig]] = {"dq": {128: TileConfig(128, 32, 8, 2)}}
+_HOPPER_TILES: Mapping[Kernel, Mapping[int, TileConfig]] = {
+    "forward": {128: TileConfig(128, 64, 8, 1)},
+    "dq": {128: TileConfig(128, 32, 8, 2)},
+}
 RANGES: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
     "sm_80": _AMPERE_RANGES,
     "sm_86": _CONSUMER_RANGES,
