@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .library import CALL, NAMESPACE, below_autograd, define
-from .spec import N_GRADIENTS, AttentionSpec, Inputs, Needs, empty_like, like
+from .spec import N_GRADIENTS, AttentionSpec, Inputs, Needs, empty_gradients, is_empty, like, wide_dtype
 from .vmap import one_by_one
 
 N_INPUTS = len(Inputs._fields)
@@ -180,7 +180,7 @@ def _jvp(*args: Any) -> tuple[Tensor, Tensor]:
 
     tangents, inputs, spec = _call(args)
     with below_autograd(), torch.autocast(inputs.q.device.type, enabled=False):
-        if _is_empty(inputs):
+        if is_empty(inputs):
             tout, tlse = _allocate_jvp(*args)
             return tout.zero_(), tlse.zero_()
         return second_order.jvp(second_order.Tangents(*tangents), inputs, spec)
@@ -192,7 +192,7 @@ def _hvp(dout: Tensor, dlse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
 
     tangents, inputs, spec = _call(args[:-1])
     with below_autograd(), torch.autocast(inputs.q.device.type, enabled=False):
-        if _is_empty(inputs):
+        if is_empty(inputs):
             return tuple(x.zero_() for x in _allocate_hvp(dout, dlse, *args))
         tout, tlse, moved = second_order.hvp(
             dout, dlse, second_order.Tangents(*tangents), inputs, spec, Needs(*args[-1])
@@ -211,26 +211,17 @@ def _call(args: tuple[Any, ...]) -> tuple[tuple[Gradient, ...], Inputs, Attentio
     return args[:N_GRADIENTS], inputs, AttentionSpec(*args[n:])
 
 
-def _is_empty(inputs: Inputs) -> bool:
-    return inputs.q.numel() == 0 or inputs.k.numel() == 0
-
-
 def _allocate_jvp(*args: Any) -> tuple[Tensor, Tensor]:
     """Shapes, dtypes and strides of what `_jvp` returns."""
     _, inputs, _ = _call(args)
     q = inputs.q
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return like(q, inputs.v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
+    return like(q, inputs.v.shape[3]), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
 
 
 def _allocate_hvp(dout: Tensor, dlse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     """Shapes, dtypes and strides of what `_hvp` returns."""
     _, inputs, _ = _call(args[:-1])
-    moved = [
-        dout.new_empty(0) if x is None or not need else empty_like(x)
-        for x, need in zip(inputs, args[-1], strict=False)
-    ]
-    return *_allocate_jvp(*args[:-1]), *moved
+    return *_allocate_jvp(*args[:-1]), *empty_gradients(inputs, args[-1], dout)
 
 
 _TANGENTS = ", ".join(f"Tensor? t{name}" for name in Inputs._fields[:N_GRADIENTS])

@@ -11,7 +11,7 @@ import torch
 
 from . import ops, reference
 from .sinks import lse_of_empty_rows
-from .spec import IMPLEMENTATIONS, AttentionSpec, AttentionStats, Inputs
+from .spec import IMPLEMENTATIONS, AttentionSpec, AttentionStats, Inputs, wide_dtype
 from .statistics import entropy_and_key_mass
 from .tracing import constant_when_traced
 
@@ -67,8 +67,7 @@ def run(inputs: Inputs, spec: AttentionSpec, impl: str, want: Collection[str] = 
     """
     max_logit = entropy = key_mass = None
     if inputs.sinks is not None and spec.want_lse:  # read twice: gradients are added before they are rounded
-        wide = torch.promote_types(inputs.sinks.dtype, torch.float32)
-        inputs = inputs._replace(sinks=inputs.sinks.to(wide))
+        inputs = inputs._replace(sinks=inputs.sinks.to(wide_dtype(inputs.sinks)))
     if impl == "reference":
         out, lse = reference.attention(inputs, spec)
         if not {"lse"}.issuperset(want):

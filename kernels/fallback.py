@@ -17,9 +17,9 @@ from .fallback_plan import Part, Strip
 from .fallback_problems import Engine, Problem, problems
 from .fallback_runs import forward_run, runs_of
 from .merge import merged
-from .philox import keep_mask
+from .philox import kept
 from .sinks import gradient, join
-from .spec import AttentionSpec, Gradients, Inputs, Needs, like, seq_major
+from .spec import AttentionSpec, Gradients, Inputs, Needs, like, seq_major, wide_dtype
 from .visibility import block_of, entries_of, visible
 
 
@@ -51,7 +51,7 @@ def _out_and_lse(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
             out, lse = _forward_strip(problem, engine, problem.strips[0])
             return _in_layout_of(q, out), lse.contiguous()
         if results is None:
-            results = like(q, v.shape[3]).zero_(), q.new_full(q.shape[:3], -torch.inf, dtype=_wide(q))
+            results = like(q, v.shape[3]).zero_(), q.new_full(q.shape[:3], -torch.inf, dtype=wide_dtype(q))
         out, lse = results
         for run in runs_of(problem, engine):
             if run.times > 1:
@@ -119,15 +119,15 @@ def attention_backward(
             None,
         )
     dq, dk, dv, dbias = (
-        None if x is None or not need else torch.zeros(x.shape, dtype=_wide(q), device=q.device)
+        None if x is None or not need else torch.zeros(x.shape, dtype=wide_dtype(q), device=q.device)
         for x, need in zip((q, k, v, bias), needs[:4], strict=True)
     )
     dslopes = None
     if inputs.slopes is not None and needs.dslopes:
-        dslopes = torch.zeros(inputs.slopes.shape, dtype=_wide(q), device=q.device)
+        dslopes = torch.zeros(inputs.slopes.shape, dtype=wide_dtype(q), device=q.device)
     dtable = None
     if inputs.table is not None and needs.dtable:
-        dtable = torch.zeros(inputs.table.shape, dtype=_wide(q), device=q.device)
+        dtable = torch.zeros(inputs.table.shape, dtype=wide_dtype(q), device=q.device)
     for problem in problems(inputs, spec, engine, poison=(q, k, v, dout)):
         for strip in problem.strips:
             here = (problem.entries, slice(None), strip.rows)
@@ -135,7 +135,7 @@ def attention_backward(
             rows = RowGradients(dout[here], of_lse, out[here], lse[here], of_entropy)
             q_rows, rows = _silence_empty_rows(problem.inputs.q[:, :, strip.rows], rows)
             for part in strip.parts:
-                block = _block(problem, strip, part, q_rows, _wide(q))
+                block = _block(problem, strip, part, q_rows, wide_dtype(q))
                 share = engine.backward(block, rows, spec, dscores)
                 there = (problem.entries, slice(None), part.cols)
                 if dq is not None:
@@ -198,7 +198,7 @@ def attention_statistics(
             q_rows = problem.inputs.q[:, :, strip.rows].masked_fill(empty[..., None], 0.0)
             lse_rows = lse[here].masked_fill(empty, torch.inf)[..., None]
             for part in strip.parts:
-                surprise = lse_rows - scores(_block(problem, strip, part, q_rows, _wide(q)), spec)[0]
+                surprise = lse_rows - scores(_block(problem, strip, part, q_rows, wide_dtype(q)), spec)[0]
                 p = torch.exp(-surprise)
                 if mass is not None:
                     mass[problem.entries, :, part.cols] += p.sum(2)
@@ -226,12 +226,12 @@ def entropy_backward(
 def _max_logit(inputs: Inputs, spec: AttentionSpec) -> Tensor:
     """In a pass of its own: the fast engine does not say what its scores were."""
     q = inputs.q
-    top = q.new_full(q.shape[:3], -torch.inf, dtype=_wide(q))
+    top = q.new_full(q.shape[:3], -torch.inf, dtype=wide_dtype(q))
     for problem in problems(inputs, spec._replace(dropout_p=0.0), MatmulEngine, poison=(inputs.k,)):
         for strip in problem.strips:
             here = top[problem.entries, :, strip.rows]
             for part in strip.parts:
-                block = _block(problem, strip, part, problem.inputs.q[:, :, strip.rows], _wide(q))
+                block = _block(problem, strip, part, problem.inputs.q[:, :, strip.rows], wide_dtype(q))
                 torch.maximum(here, scores(block, problem.spec)[0].amax(-1), out=here)
     return top
 
@@ -251,9 +251,13 @@ def _forward_strip(problem: Problem, engine: Engine, strip: Strip) -> tuple[Tens
     q = problem.inputs.q[:, :, strip.rows]
     first, *others = strip.parts
     narrow = not others and engine is FlashEngine and engine.stays_narrow(problem.inputs, problem.spec)
-    out, lse = engine.forward(_block(problem, strip, first, q, q.dtype if narrow else _wide(q)), problem.spec)
+    out, lse = engine.forward(
+        _block(problem, strip, first, q, q.dtype if narrow else wide_dtype(q)), problem.spec
+    )
     for part in others:
-        out, lse = merged(out, lse, *engine.forward(_block(problem, strip, part, q, _wide(q)), problem.spec))
+        out, lse = merged(
+            out, lse, *engine.forward(_block(problem, strip, part, q, wide_dtype(q)), problem.spec)
+        )
     sinks = problem.inputs.sinks
     return (out, lse) if sinks is None else join(out, lse, sinks)
 
@@ -267,10 +271,10 @@ def _block(problem: Problem, strip: Strip, part: Part, q: Tensor, dtype: torch.d
         k, v = (torch.where(problem.seen[:, :, cols], x, 0.0) for x in (k, v))
     bias = None if inputs.bias is None else block_of(inputs.bias, rows, cols)
     if inputs.slopes is not None:
-        alibi = -inputs.slopes.to(_wide(q))[..., None, None] * distances(inputs, spec, rows, cols)
+        alibi = -inputs.slopes.to(wide_dtype(q))[..., None, None] * distances(inputs, spec, rows, cols)
         bias = alibi if bias is None else bias + alibi
     if inputs.table is not None:
-        relative = looked_up(inputs, spec, rows, cols)[None].to(_wide(q))
+        relative = looked_up(inputs, spec, rows, cols)[None].to(wide_dtype(q))
         bias = relative if bias is None else bias + relative
     shown = None
     if part.visible == "some":
@@ -284,30 +288,21 @@ def _block(problem: Problem, strip: Strip, part: Part, q: Tensor, dtype: torch.d
         v,
         shown,
         bias,
-        None if spec.dropout_p == 0.0 else _keep(problem, rows, cols),
+        kept(inputs, spec, rows, cols, problem.entries.start or 0),
         causal=part.visible == "causal",
         none_empty=problem.band is not None and len(strip.parts) == 1,
     )
 
 
-def _keep(problem: Problem, rows: slice, cols: slice) -> Tensor:
-    inputs = problem.inputs
-    batch, heads, _, _ = inputs.q.shape
-    row, col = (range(x.start, x.stop) for x in (rows, cols))
-    first_plane = (problem.spec.first_entry + (problem.entries.start or 0)) * heads
-    assert inputs.seed is not None
-    return keep_mask(inputs.seed, problem.spec.dropout_p, batch, heads, row, col, first_plane)
-
-
 def _delta(dout: Tensor, dlse: Tensor | None, out: Tensor) -> Tensor:
     """rowsum(dout·out) - dlse, in wide dtype."""
-    delta = (dout.to(_wide(out)) * out).sum(-1)
+    delta = (dout.to(wide_dtype(out)) * out).sum(-1)
     return delta if dlse is None else delta - dlse
 
 
 def _silence_empty_rows(q: Tensor, rows: RowGradients) -> tuple[Tensor, RowGradients]:
     """Make rows that see nothing harmless: zeros whatever they hold, and lse +inf, so that p = 0."""
-    wide = _wide(q)
+    wide = wide_dtype(q)
     dout, out, lse = (x.to(wide) for x in (rows.dout, rows.out, rows.lse))
     dlse, dentropy = (None if x is None else x.to(wide) for x in (rows.dlse, rows.dentropy))
     empty = lse == -torch.inf
@@ -322,7 +317,3 @@ def _in_layout_of(x: Tensor, result: Tensor) -> Tensor:
     """result with the dtype and the physical order that `like` gives it; a copy only if it differs."""
     dense = (result.transpose(1, 2) if seq_major(x) else result).is_contiguous()
     return result if dense and result.dtype == x.dtype else like(x, result.shape[3]).copy_(result)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .fallback_plan import Strip
-from .spec import AttentionSpec, Inputs
+from .spec import AttentionSpec, Inputs, wide_dtype
 from .visibility import within
 
 
@@ -41,5 +41,5 @@ class Band:
             torch.arange(first, stop, device=q.device),
         )
         assert ok is not None, "a block that some rows see in part has bounds"
-        zero = q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
+        zero = q.new_zeros((), dtype=wide_dtype(q))
         return first, torch.where(ok, zero, -torch.inf)[None, None]

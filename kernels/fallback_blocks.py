@@ -195,7 +195,7 @@ class MatmulEngine:
         peak = peak.masked_fill(peak == -torch.inf, 0.0)
         p = torch.exp(s - peak)
         total = p.sum(-1, keepdim=True)
-        out = ungroup(group(_dropped(p, block, spec), block.k) @ block.v, block.q)
+        out = ungroup(group(dropped(p, block.keep, spec), block.k) @ block.v, block.q)
         out = out / total.masked_fill(total == 0.0, 1.0)
         return out, (peak + total.log()).squeeze(-1)
 
@@ -208,8 +208,8 @@ class MatmulEngine:
             delta = delta - rows.dlse[..., None]
         s, slope = scores(block, spec)
         p = torch.exp(s - rows.lse[..., None])
-        dv = group(_dropped(p, block, spec), k).mT @ group(dout, k)
-        dp = _dropped(ungroup(group(dout, k) @ v.mT, dout), block, spec)
+        dv = group(dropped(p, block.keep, spec), k).mT @ group(dout, k)
+        dp = dropped(ungroup(group(dout, k) @ v.mT, dout), block.keep, spec)
         if rows.dentropy is not None:  # d(-p ln p) = (-ln p - 1) dp
             surprise = (rows.lse[..., None] - s).masked_fill(p == 0.0, 0.0)
             dp = dp + rows.dentropy[..., None] * (surprise - 1.0)
@@ -326,10 +326,9 @@ def scores(block: Block, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
     return s, slope
 
 
-def _dropped(p: Tensor, block: Block, spec: AttentionSpec) -> Tensor:
-    if block.keep is None:
-        return p
-    return torch.where(block.keep, p / (1.0 - spec.dropout_p), 0.0)
+def dropped(p: Tensor, keep: Tensor | None, spec: AttentionSpec) -> Tensor:
+    """Dropout applied to p or dp; keep: as `philox.kept` returns it."""
+    return p if keep is None else torch.where(keep, p / (1.0 - spec.dropout_p), 0.0)
 
 
 def group(x: Tensor, k: Tensor) -> Tensor:

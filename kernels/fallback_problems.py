@@ -13,7 +13,7 @@ from .fallback_band import Band
 from .fallback_blocks import FlashEngine, MatmulEngine
 from .fallback_mask_plan import plan_of_ranges, plan_of_tiles
 from .fallback_plan import Limits, Run, Strip, plan, runs
-from .spec import AttentionSpec, Inputs, of_entries
+from .spec import AttentionSpec, Inputs, of_entries, wide_dtype
 from .visibility import visible
 
 Engine = type[FlashEngine] | type[MatmulEngine]
@@ -74,7 +74,9 @@ def _by_object(inputs: Inputs) -> bool:
 
 def _harmless(tensors: list[Tensor]) -> bool:
     """Whether all are finite, as far as that can be known without synchronising."""
-    return tensors[0].device.type == "cpu" and all(bool(x.sum(dtype=_wide(x)).isfinite()) for x in tensors)
+    return tensors[0].device.type == "cpu" and all(
+        bool(x.sum(dtype=wide_dtype(x)).isfinite()) for x in tensors
+    )
 
 
 def alike(inputs: Inputs, spec: AttentionSpec) -> Iterator[tuple[slice, Inputs, int]]:
@@ -128,7 +130,3 @@ def _seen(inputs: Inputs, spec: AttentionSpec, strips: tuple[Strip, ...]) -> Ten
             ok = ok[(None,) * (4 - ok.ndim)]
             seen[:, 0, part.cols, 0] |= ok.flatten(1, 2).any(1)
     return seen
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -251,6 +252,8 @@ class Joined(Mask):
     """Several masks under one operator."""
 
     sign: str
+    join_bands: Callable[[Band, Band], Band]
+    join_elements: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(self, parts: tuple[Mask, ...]) -> None:
         self.parts = parts
@@ -271,15 +274,20 @@ class Joined(Mask):
             raise ValueError("mask must have one alignment, got a Causal of each: bottom-right, top-left")
         return found.pop() if found else None
 
+    def _band(self) -> Band | None:
+        bands = _all_of([part._band() for part in self.parts])
+        return None if bands is None else functools.reduce(self.join_bands, bands)
+
+    def _shown(self, rows: Rows, cols: slice) -> Tensor:
+        return functools.reduce(self.join_elements, (part._shown(rows, cols) for part in self.parts))
+
 
 class And(Joined):
     """What all parts show."""
 
     sign = "&"
-
-    def _band(self) -> Band | None:
-        bands = _all_of([part._band() for part in self.parts])
-        return None if bands is None else functools.reduce(Band.intersected, bands)
+    join_bands = staticmethod(Band.intersected)
+    join_elements = staticmethod(torch.logical_and)
 
     def _intervals(self, rows: Rows) -> list[Interval] | None:
         parts = _all_of([part._intervals(rows) for part in self.parts])
@@ -290,18 +298,13 @@ class And(Joined):
             found = None if found is None else intersected(found, part)
         return found
 
-    def _shown(self, rows: Rows, cols: slice) -> Tensor:
-        return functools.reduce(torch.logical_and, (part._shown(rows, cols) for part in self.parts))
-
 
 class Or(Joined):
     """What any part shows."""
 
     sign = "|"
-
-    def _band(self) -> Band | None:
-        bands = _all_of([part._band() for part in self.parts])
-        return None if bands is None else functools.reduce(Band.united, bands)
+    join_bands = staticmethod(Band.united)
+    join_elements = staticmethod(torch.logical_or)
 
     def _intervals(self, rows: Rows) -> list[Interval] | None:
         bands = [x for x in [part._band() for part in self.parts] if x is not None]
@@ -310,9 +313,6 @@ class Or(Joined):
             return None
         given = [interval for part in parts for interval in part]
         return united([*given, band(*functools.reduce(Band.united, bands), rows)] if bands else given)
-
-    def _shown(self, rows: Rows, cols: slice) -> Tensor:
-        return functools.reduce(torch.logical_or, (part._shown(rows, cols) for part in self.parts))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

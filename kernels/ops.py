@@ -24,7 +24,17 @@ from torch.autograd import forward_ad
 from . import evidence, flops
 from .differentials import differentiable_backward, differentiable_jvp
 from .library import CALL, NAMESPACE, below_autograd, define
-from .spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs, Needs, like
+from .spec import (
+    N_GRADIENTS,
+    AttentionSpec,
+    Gradients,
+    Inputs,
+    Needs,
+    empty_gradients,
+    is_empty,
+    like,
+    wide_dtype,
+)
 from .tracing import each_once
 from .vmap import folded
 
@@ -172,7 +182,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _compute(inputs: Inputs, spec: AttentionSpec, impl: str) -> Results:
     with below_autograd():
-        if _is_empty(inputs):
+        if is_empty(inputs):
             out, lse, max_logit = _allocate_forward(*inputs, *spec, impl)
             return out.zero_(), lse.fill_(-torch.inf), max_logit.fill_(-torch.inf)
         if impl == "auto":
@@ -185,7 +195,7 @@ def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args
     *rest, impl, needs = args
     inputs, spec = Inputs(*rest[:N_INPUTS]), AttentionSpec(*rest[N_INPUTS:])
     with below_autograd(), torch.autocast(dout.device.type, enabled=False):
-        if _is_empty(inputs):
+        if is_empty(inputs):
             return tuple(g.zero_() for g in _allocate_backward(dout, dlse, out, lse, *args))
         grads: Gradients = _first_that_compiles(
             impl, "attention_backward", dout, dlse, out, lse, inputs, spec, Needs(*needs)
@@ -197,8 +207,7 @@ def _allocate_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes, dtypes and strides of what `_forward` returns."""
     inputs, spec = Inputs(*args[:N_INPUTS]), AttentionSpec(*args[N_INPUTS:-1])
     q, v = inputs.q, inputs.v
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty(q.shape[:3], dtype=dtype)
+    lse = q.new_empty(q.shape[:3], dtype=wide_dtype(q))
     return like(q, v.shape[3]), lse, torch.empty_like(lse) if spec.want_max else lse.new_empty(0)
 
 
@@ -206,16 +215,7 @@ def _allocate_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     """Shapes, dtypes and strides of what `_backward` returns."""
-    inputs, needs = Inputs(*args[:N_INPUTS]), args[-1]
-    grads = [like(x, x.shape[3]) if need else dout.new_empty(0) for x, need in zip(inputs[:3], needs[:3])]
-    for x, need in zip(inputs[3:N_GRADIENTS], needs[3:]):
-        grads.append(dout.new_empty(0) if x is None or not need else x.new_empty(x.shape))
-    return tuple(grads)
-
-
-def _is_empty(inputs: Inputs) -> bool:
-    q, k, spans = inputs.q, inputs.k, inputs.spans_q
-    return q.numel() == 0 or k.numel() == 0 or (spans is not None and spans.numel() == 0)
+    return empty_gradients(Inputs(*args[:N_INPUTS]), args[-1], dout)
 
 
 def _first_that_compiles(impl: str, function: str, *args: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .spec import N_GRADIENTS, TILE, AttentionSpec, Gradients, Inputs, Needs, like
+from .spec import N_GRADIENTS, TILE, AttentionSpec, Gradients, Inputs, Needs, like, wide_dtype
 from .visibility import block_of, entries_of
 
 Results = tuple[Tensor, Tensor, "Tensor | None"]
@@ -56,6 +56,7 @@ class Piece(NamedTuple):
             mask=corner(inputs.mask),
             ranges=None if inputs.ranges is None else self.rows_of(inputs.ranges).contiguous(),
             tiles=tiles,
+            key_ranges=None,
             visits_q=None,
             visits_k=None,
             key_lengths=None if inputs.key_lengths is None else inputs.key_lengths[self.entries],
@@ -145,7 +146,7 @@ def forward(run: Forward, inputs: Inputs, spec: AttentionSpec) -> Results:
     """What an implementation's `run` says of rows, as the operator promises it."""
     q, v = inputs.q, inputs.v
     out = like(q, v.shape[3]).zero_()
-    lse = q.new_full(q.shape[:3], -torch.inf, dtype=_wide(q))
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide_dtype(q))
     results = out, lse, lse.clone() if spec.want_max else None
     for piece in pieces(inputs, spec):
         for whole, part in zip(results, run(piece.cut(inputs), piece.spec(spec)), strict=True):
@@ -181,7 +182,7 @@ def gradients(
     needs: Needs,
 ) -> Gradients:
     """Gradients by what `run` says of each piece; what sequences share is summed wide and rounded once."""
-    wide = _wide(inputs.q)
+    wide = wide_dtype(inputs.q)
     names = Inputs._fields[:N_GRADIENTS]
     sums = {
         name: like(x, x.shape[3]).zero_()  # a row or a key has a share of one piece only
@@ -203,7 +204,3 @@ def gradients(
             getattr(targets, name).add_(getattr(shares, f"d{name}"))
     given = inputs._asdict()
     return Gradients(*(sums[name].to(given[name].dtype) if name in sums else None for name in names))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

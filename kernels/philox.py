@@ -7,8 +7,13 @@ them. `triton/softmax.py` has the twin for kernels.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .spec import AttentionSpec, Inputs
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -43,6 +48,22 @@ def keep_mask(
     words = torch.stack(philox(seed, *counter), dim=-1).flatten(-2)  # [batch, heads, rows, 4 * blocks]
     first = cols.start % 4
     return words[..., first : first + len(cols)] >= drop_threshold(dropout_p)
+
+
+def kept(
+    inputs: Inputs, spec: AttentionSpec, rows: slice, cols: slice, first_entry: int = 0
+) -> Tensor | None:
+    """Which elements of a block of a call dropout keeps, (batch, heads_q, rows, cols); None without dropout.
+
+    first_entry: which of the call's batch entries these inputs start with.
+    """
+    if spec.dropout_p == 0.0:
+        return None
+    assert inputs.seed is not None
+    batch, heads, _, _ = inputs.q.shape
+    row, col = (range(x.start, x.stop) for x in (rows, cols))
+    first_plane = (spec.first_entry + first_entry) * heads
+    return keep_mask(inputs.seed, spec.dropout_p, batch, heads, row, col, first_plane)
 
 
 def philox(

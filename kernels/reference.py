@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import packed
 from .biases import distances, looked_up
-from .philox import keep_mask
-from .spec import AttentionSpec, Inputs, of_entries
+from .philox import kept
+from .spec import AttentionSpec, Inputs, of_entries, wide_dtype
 from .visibility import visible
 
 
@@ -80,7 +80,7 @@ def _with_sinks(s: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
 def _scores_and_values(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """s, -inf where hidden, and v, 0 where nobody looks; wide, a head for each query head."""
     q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     ok = visible(inputs, spec)
     if ok is not None:
@@ -107,7 +107,7 @@ def _scores_and_values(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Ten
 def _entries(inputs: Inputs, spec: AttentionSpec) -> Iterator[tuple[Inputs, AttentionSpec]]:
     """Each batch entry as a problem of its own. What entries share gets a gradient from each: wide, to be
     rounded once."""
-    wide = torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(inputs.q)
     shared = inputs.bias, inputs.sinks, inputs.slopes, inputs.table
     bias, sinks, slopes, table = (None if x is None else x.to(wide) for x in shared)
     inputs = inputs._replace(bias=bias, sinks=sinks, slopes=slopes, table=table)
@@ -118,8 +118,6 @@ def _entries(inputs: Inputs, spec: AttentionSpec) -> Iterator[tuple[Inputs, Atte
 def _dropout(p: Tensor, inputs: Inputs, spec: AttentionSpec) -> Tensor:
     if spec.dropout_p == 1.0:
         return p * 0.0
-    assert inputs.seed is not None
-    batch, heads, seqlen_q, seqlen_k = p.shape
-    first_plane = spec.first_entry * heads
-    keep = keep_mask(inputs.seed, spec.dropout_p, batch, heads, range(seqlen_q), range(seqlen_k), first_plane)
+    keep = kept(inputs, spec, slice(0, p.shape[2]), slice(0, p.shape[3]))
+    assert keep is not None
     return torch.where(keep, p / (1.0 - spec.dropout_p), 0.0)

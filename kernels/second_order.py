@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from .biases import distances, looked_up, summed_up
-from .fallback_blocks import MatmulEngine, group, ungroup
+from .fallback_blocks import MatmulEngine, dropped, group, ungroup
 from .fallback_plan import Limits, Part, Strip
 from .fallback_problems import alike, blocks_to_visit
-from .philox import keep_mask
+from .philox import kept
 from .sinks import join
-from .spec import AttentionSpec, Gradients, Inputs, Needs, empty_like, like, of_entries
+from .spec import AttentionSpec, Gradients, Inputs, Needs, empty_gradients, like, of_entries, wide_dtype
 from .visibility import block_of, visible
 
 
@@ -77,10 +77,8 @@ def hvp(
             rows, here = direction.rows(strip), (entries, slice(None), strip.rows)
             tout[here], tlse[here] = rows.tout, rows.tlse.squeeze(-1)
             direction.add_gradients(own, strip, rows, dout[here], None if dlse is None else dlse[here])
-    moved = (
-        None if total is None or x is None else empty_like(x).copy_(total)
-        for total, x in zip(totals, inputs, strict=False)
-    )
+    room = empty_gradients(inputs, needs, dout)
+    moved = (None if total is None else x.copy_(total) for total, x in zip(totals, room, strict=True))
     return tout, tlse, Gradients(*moved)
 
 
@@ -159,9 +157,9 @@ class _Direction(NamedTuple):
             p, fade = torch.exp(block.s - level), torch.exp(before - level)
             p_ts = p * block.ts
             total, tlse = total * fade + p.sum(-1, True), tlse * fade + p_ts.sum(-1, True)
-            p = self._dropped(p, block)
+            p = dropped(p, block.keep, self.spec)
             out = out * fade + _times(p, block.v)
-            moved = moved * fade + _times(self._dropped(p_ts, block), block.v)
+            moved = moved * fade + _times(dropped(p_ts, block.keep, self.spec), block.v)
             if block.tv is not None:
                 moved = moved + _times(p, block.tv)
         lse, total = peak + total.log(), total.masked_fill(total == 0.0, 1.0)
@@ -195,13 +193,13 @@ class _Direction(NamedTuple):
         for part, block in self.blocks(strip, q, tq):
             here, there = (..., strip.rows, slice(None)), (..., part.cols, slice(None))
             p = torch.exp(block.s - lse)
-            dp = self._dropped(_meets(dout, block.v), block) - delta
+            dp = dropped(_meets(dout, block.v), block.keep, self.spec) - delta
             ds, u = p * dp, p * (block.ts - rows.tlse)
             if totals.dv is not None:
-                totals.dv[there] += _transposed_times(self._dropped(u, block), dout, block.k)
+                totals.dv[there] += _transposed_times(dropped(u, block.keep, self.spec), dout, block.k)
             change = -moved
             if block.tv is not None:
-                change = change + self._dropped(_meets(dout, block.tv), block)
+                change = change + dropped(_meets(dout, block.tv), block.keep, self.spec)
             w = u * dp + p * change
             self._add_of_biases(totals, w, strip.rows, part.cols)
             if block.slope is not None:
@@ -256,7 +254,7 @@ class _Direction(NamedTuple):
             s = s.masked_fill(~shown, -torch.inf)
             ts = None if ts is None else torch.where(shown, ts, 0.0)
         ts = s.new_zeros(()) if ts is None else ts
-        return _Block(k, v, tk, tv, s, ts, slope, bend, self._keep(rows, part.cols))
+        return _Block(k, v, tk, tv, s, ts, slope, bend, kept(inputs, spec, rows, part.cols))
 
     def _bias(self, of: Inputs, rows: slice, cols: slice, s: Tensor) -> Tensor | None:
         """What is added to the scores s: by the inputs, or, of tangents in their place, to their tangents."""
@@ -268,19 +266,6 @@ class _Direction(NamedTuple):
             bias = _sum(bias, looked_up(of, self.spec, rows, cols)[None].to(s.dtype))
         return bias
 
-    def _keep(self, rows: slice, cols: slice) -> Tensor | None:
-        if self.spec.dropout_p == 0.0:
-            return None
-        assert self.inputs.seed is not None
-        batch, heads, _, _ = self.inputs.q.shape
-        row, col = (range(x.start, x.stop) for x in (rows, cols))
-        first_plane = self.spec.first_entry * heads
-        return keep_mask(self.inputs.seed, self.spec.dropout_p, batch, heads, row, col, first_plane)
-
-    def _dropped(self, x: Tensor, block: _Block) -> Tensor:
-        """x·m"""
-        return x if block.keep is None else torch.where(block.keep, x / (1.0 - self.spec.dropout_p), 0.0)
-
     def _share_of_sinks(self, lse: Tensor) -> Tensor:
         """The weight of each row's sink, 0 where lse is -inf: [batch, heads_q, rows, 1]."""
         assert self.inputs.sinks is not None
@@ -288,14 +273,14 @@ class _Direction(NamedTuple):
         return share.masked_fill(lse == -torch.inf, 0.0)
 
     def _of_rows(self, x: Tensor | None, strip: Strip) -> Tensor | None:
-        wide = torch.promote_types(self.inputs.q.dtype, torch.float32)
+        wide = wide_dtype(self.inputs.q)
         return None if x is None else x[:, :, strip.rows].to(wide)
 
 
 def _zeros_of_rows(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Room for tout and tlse."""
     q = inputs.q
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     return like(q, inputs.v.shape[3]).zero_(), torch.zeros(q.shape[:3], dtype=wide, device=q.device)
 
 

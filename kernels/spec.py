@@ -7,6 +7,7 @@ these two.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
@@ -207,9 +208,30 @@ def like(x: Tensor, head_dim: int) -> Tensor:
     return x.new_empty(batch, heads, seqlen, head_dim)
 
 
-def empty_like(x: Tensor) -> Tensor:
-    """Uninitialised, for a gradient of x: four axes in the physical order of `like`."""
-    return like(x, x.shape[3]) if x.ndim == 4 else x.new_empty(x.shape)
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """What is computed in where x is kept: float32, or x's own where that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def empty_gradients(inputs: Inputs, needs: Sequence[bool], nothing: Tensor) -> tuple[Tensor, ...]:
+    """Room for the gradient of each input that can have one: of q, k, v laid out by `like`, others dense.
+
+    Those that nobody needs are empty, of the kind of `nothing`.
+    """
+    return tuple(
+        nothing.new_empty(0)
+        if x is None or not need
+        else like(x, x.shape[3])
+        if name in ("q", "k", "v")
+        else x.new_empty(x.shape)
+        for name, x, need in zip(Inputs._fields, inputs[:N_GRADIENTS], needs)
+    )
+
+
+def is_empty(inputs: Inputs) -> bool:
+    """Whether there is nothing to compute: implementations are never asked then."""
+    q, k, spans = inputs.q, inputs.k, inputs.spans_q
+    return q.numel() == 0 or k.numel() == 0 or (spans is not None and spans.numel() == 0)
 
 
 def seq_major(x: Tensor) -> bool:

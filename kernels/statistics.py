@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .library import CALL, below_autograd, define
-from .spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs, Needs, like
+from .spec import N_GRADIENTS, AttentionSpec, Gradients, Inputs, Needs, empty_gradients, is_empty
 from .tracing import each_once
 from .vmap import folded
 
@@ -119,7 +119,7 @@ def _statistics(lse: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Body of undivided::statistics. What nobody asked for is an empty tensor."""
     inputs, spec, (entropy, key_mass) = _call(args[:-2]), _spec(args[:-2]), args[-2:]
     with below_autograd(), torch.autocast(lse.device.type, enabled=False):
-        if inputs.q.numel() == 0 or inputs.k.numel() == 0:
+        if is_empty(inputs):
             found = tuple(x.zero_() for x in _allocate(lse, *args))
             return found[0], found[1]
         results = _fallback().attention_statistics(lse, inputs, spec, entropy, key_mass)
@@ -141,7 +141,7 @@ def _backward(dentropy: Tensor, entropy: Tensor, lse: Tensor, *args: Any) -> tup
     """Body of undivided::entropy_backward. A gradient nobody needs is an empty tensor."""
     inputs, spec, needs = _call(args[:-1]), _spec(args[:-1]), args[-1]
     with below_autograd(), torch.autocast(lse.device.type, enabled=False):
-        if inputs.q.numel() == 0 or inputs.k.numel() == 0:
+        if is_empty(inputs):
             return tuple(g.zero_() for g in _allocate_backward(dentropy, entropy, lse, *args))
         grads: Gradients = _fallback().entropy_backward(dentropy, entropy, lse, inputs, spec, Needs(*needs))
     return tuple(lse.new_empty(0) if g is None else g for g in grads)
@@ -149,14 +149,7 @@ def _backward(dentropy: Tensor, entropy: Tensor, lse: Tensor, *args: Any) -> tup
 
 def _allocate_backward(dentropy: Tensor, entropy: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Shapes, dtypes and strides of what `_backward` returns."""
-    inputs, needs = _call(args[:-1]), args[-1]
-    grads = []
-    for i, (x, need) in enumerate(zip(inputs[:N_GRADIENTS], needs, strict=True)):
-        if x is None or not need:
-            grads.append(lse.new_empty(0))
-        else:
-            grads.append(like(x, x.shape[3]) if i < 3 else x.new_empty(x.shape))
-    return tuple(grads)
+    return empty_gradients(_call(args[:-1]), args[-1], lse)
 
 
 def _call(args: tuple[Any, ...]) -> Inputs:

@@ -6,6 +6,7 @@ Recomputing the scores in each needs no atomics: the same bits on every run. Not
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,8 +68,7 @@ def _row_statistics_kernel(
     An empty row gets delta 0 and offset +inf, whatever out, dout and dlse hold there.
     """
     PARTS: tl.constexpr = tiles.STATISTICS_PADDING // BLOCK_Q
-    _, _, work_ptr = packing
-    spans_ptr = packing[0]
+    spans_ptr, work_ptr = packing[0], packing[2]
     n_tiles = tiles.tile_count(seqlen_q, sequences, tiles.STATISTICS_PADDING)
     tile, batch, _, head = tiles.whose_tile(tl.program_id(0) // PARTS, n_tiles, heads, 1, work_ptr, False)
     place = tiles.place_of(batch, spans_ptr, seqlen_q)
@@ -201,11 +201,14 @@ def backward_launches(
         arguments = (*operands, *outputs, *pairs, *visible, *packing, *numbers)
         return Launch(kernel, programs, arguments, constants, tile)
 
+    @functools.cache
+    def of_queries(block: int) -> tuple[Any, ...]:
+        return packing_of(inputs, inputs.spans_q, block)
+
     def over_queries(tile: TileConfig, *outputs: Any) -> Launch:
         programs = heads_q * tiles_to_run(inputs.spans_q, batch, seqlen_q, tile.block_q)
-        packing = packing_of(inputs, inputs.spans_q, tile.block_q)
         visible = (*row_ranges(inputs), *key_ranges(inputs), listing_of(inputs, inputs.visits_q))
-        return launch(dq_kernel, tile, programs, outputs, visible, packing)
+        return launch(dq_kernel, tile, programs, outputs, visible, of_queries(tile.block_q))
 
     added = slopes if bias is None else bias
     sums_products = spec.precise and q.element_size() == 2
@@ -234,7 +237,7 @@ def backward_launches(
         programs = n_batches * n_heads * -(-n_rows // tile.block_q) * -(-n_cols // tile.block_k)
         shared = entries // n_batches, heads_q // n_heads, n_heads, n_rows, n_cols
         target = (dbias, broadcast_strides(dbias), *shared)
-        packing = packing_of(inputs, inputs.spans_q, tile.block_q)
+        packing = packing_of(inputs, inputs.spans_q, None)  # its tiles are those of the bias
         visible = (*row_ranges(inputs), listing_of(inputs, inputs.visits_q))
         launches.append(launch(dbias_kernel, tile, programs, target, visible, packing))
     return gradients, launches, delta

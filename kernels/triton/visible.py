@@ -56,14 +56,17 @@ def tiles_to_run(spans: Tensor | None, batch: int, seqlen: int, block: int) -> i
     return batch * -(-seqlen // block) if spans is None else seqlen // block + spans.shape[0]
 
 
-def packing_of(inputs: Inputs, spans: Tensor | None, block: int) -> tuple[Any, ...]:
+def packing_of(inputs: Inputs, spans: Tensor | None, block: int | None) -> tuple[Any, ...]:
     """((spans of queries, spans of keys, work), number of sequences); spans: those that tiles are cut from.
 
-    work: int32 (tiles, 2), the sequence of each tile, -1 if none needs it, and the tile's number in it.
-    Sequences of very different lengths are thus spread evenly over programs, and nobody asks for lengths.
+    work: int32 (tiles, 2), the sequence of each tile, -1 if none needs it, and the tile's number in it; None
+    without block. Sequences of very different lengths are thus spread evenly over programs, and nobody asks
+    for lengths.
     """
     if spans is None:
         return (None, None, None), None
+    if block is None:
+        return (inputs.spans_q, inputs.spans_k, None), spans.shape[0]
     n_sequences, axis = spans.shape[0], inputs.q.shape[2] if spans is inputs.spans_q else inputs.k.shape[2]
     tile = torch.arange(tiles_to_run(spans, 1, axis, block), dtype=torch.int32, device=spans.device)
     if spans.is_meta:
