@@ -28,7 +28,6 @@ def _attend(
     HEAD_DIM_V: tl.constexpr,
     EDGE: tl.constexpr,
     TMA: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Let the query tile attend to the key tiles from first to stop, of all or of those in a list."""
@@ -41,7 +40,7 @@ def _attend(
     visits, tiles_ptr, tiles_strides, bits_ptr, first_row = listing
     HOIST: tl.constexpr = BLOCK_K < 128  # offsets of more keys would be registers that spill
     # Counting tiles, not keys, shows the compiler that start is a multiple of BLOCK_K.
-    for tile in tl.range(first // BLOCK_K, tl.cdiv(stop, BLOCK_K), warp_specialize=WARP_SPECIALIZE):
+    for tile in tl.range(first // BLOCK_K, tl.cdiv(stop, BLOCK_K)):
         if visits is not None:
             tile = visibility.listed(visits, tile, BLOCK_K)
         start = tile * BLOCK_K
@@ -104,7 +103,6 @@ def attend_to(
     LEFT_EDGE: tl.constexpr,
     EDGE_WITHIN: tl.constexpr,
     TMA: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Let the query tile attend to a stretch of keys: left edge, what every row sees whole, right edge.
@@ -115,15 +113,14 @@ def attend_to(
     if LEFT_EDGE:
         state = _attend(
             state, q, keys, pairs, dropout, where, window, listing, lo // BLOCK_K * BLOCK_K, full_lo, unit,
-            scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, TMA, False, PRECISION,
+            scale, softcap, BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, TMA, PRECISION,
         )  # fmt: skip
     state = _attend(
         state, q, keys, pairs, dropout, where, window, listing, full_lo, full_hi, unit, scale, softcap,
-        BLOCK_K, HEAD_DIM, HEAD_DIM_V, EDGE_WITHIN, TMA, WARP_SPECIALIZE, PRECISION,
+        BLOCK_K, HEAD_DIM, HEAD_DIM_V, EDGE_WITHIN, TMA, PRECISION,
     )  # fmt: skip
-    if not WARP_SPECIALIZE:
-        state = _attend(
-            state, q, keys, pairs, dropout, where, window, listing, full_hi, hi, unit, scale, softcap,
-            BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, TMA, False, PRECISION,
-        )  # fmt: skip
+    state = _attend(
+        state, q, keys, pairs, dropout, where, window, listing, full_hi, hi, unit, scale, softcap,
+        BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, TMA, PRECISION,
+    )  # fmt: skip
     return state

@@ -95,7 +95,6 @@ def _forward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out = dropout(softmax(scores)) · v and lse of one query tile; scale is |scale|."""
@@ -145,7 +144,7 @@ def _forward_kernel(
             state, q, keys, pairs, dropout, where, (0, n_keys, n_keys, shift, None, None, None, None),
             (visits, tiles_ptr, tiles_strides, bits_ptr, first_row),
             (0, 0, n_whole * visibility.TILE, n_listed * visibility.TILE), unit, scale, softcap,
-            BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, lengths_ptr is not None, TMA, False, PRECISION,
+            BLOCK_K, HEAD_DIM, HEAD_DIM_V, False, lengths_ptr is not None, TMA, PRECISION,
         )  # fmt: skip
     elif ranges_ptr is not None:
         for segment in tl.static_range(SEGMENTS):
@@ -158,7 +157,7 @@ def _forward_kernel(
                 state, q, keys, pairs, dropout, where,
                 (stretch[0], stretch[3], n_keys, shift, None, None, limits, seen_by),
                 (None, None, None, None, None), stretch, unit, scale, softcap,
-                BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, False, TMA, False, PRECISION,
+                BLOCK_K, HEAD_DIM, HEAD_DIM_V, True, False, TMA, PRECISION,
             )  # fmt: skip
     else:
         stretch = visibility.visible_keys(first_row, n_rows, n_keys, shift, left, right, BLOCK_Q, BLOCK_K)
@@ -166,7 +165,7 @@ def _forward_kernel(
             state, q, keys, pairs, dropout, where,
             (stretch[0], stretch[3], n_keys, shift, left, right, None, None),
             (None, None, None, None, None), stretch, unit, scale, softcap,
-            BLOCK_K, HEAD_DIM, HEAD_DIM_V, left is not None, False, TMA, WARP_SPECIALIZE, PRECISION,
+            BLOCK_K, HEAD_DIM, HEAD_DIM_V, left is not None, False, TMA, PRECISION,
         )  # fmt: skip
 
     acc, row_max, row_sum = state
@@ -248,12 +247,6 @@ def forward_launch(
         "BLOCK_Q": config.block_q,
         "BLOCK_K": config.block_k,
         "TMA": tma,
-        # The compiler splits one loop only: no edge tiles.
-        "WARP_SPECIALIZE": tma
-        and config.warp_specialize
-        and spec.left is None
-        and spec.right is None
-        and seqlen_k % config.block_k == 0,
         "PRECISION": "tf32" if spec.tf32 else "ieee",
     }
     programs = heads_q * tiles_to_run(inputs.spans_q, batch, seqlen_q, config.block_q)
