@@ -24,6 +24,7 @@ ARITHMETIC: dict[str, Arithmetic] = {
     "reference": "wide",
     "fallback": "wide",
     "triton": "kernel",
+    "gluon": "kernel",
 }
 
 
@@ -41,7 +42,9 @@ def ours(impl: str, native: bool | None = None) -> Target:
     claims = replace(EVERYTHING, dtypes=_dtypes(impl, native), arithmetic=ARITHMETIC[impl])
     denied: dict[str, Any] = dict.fromkeys(_denied(impl), False)
     claims = replace(claims, **denied)
-    claims = replace(claims, max_head_dim=dispatch.MAX_HEAD_DIM if impl == "triton" else sys.maxsize)
+    claims = replace(
+        claims, max_head_dim=dispatch.MAX_HEAD_DIM if impl in ("triton", "gluon") else sys.maxsize
+    )
     if impl == "triton":
         # The interpreter truncates where it stores bfloat16: the gradient of such a bias beside others.
         claims = replace(claims, any_bias_dtype=native)
@@ -76,6 +79,8 @@ def _dtypes(impl: str, native: bool) -> tuple[torch.dtype, ...]:
         return torch.float32, torch.float64
     if impl == "triton":
         return (torch.float16, torch.float32, *[torch.bfloat16] * native)
+    if impl == "gluon":
+        return (torch.float16, torch.bfloat16)
     return DTYPES
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 import torch
 
-from . import ops, reference
+from . import hopper, ops, reference
 from .sinks import lse_of_empty_rows
 from .spec import IMPLEMENTATIONS, AttentionSpec, AttentionStats, Inputs, wide_dtype
 from .statistics import entropy_and_key_mass
@@ -21,6 +21,8 @@ DEFAULT_IMPL = os.environ.get("UNDIVIDED_IMPL") or "auto"
 
 def unsupported_reasons(impl: str, inputs: Inputs, spec: AttentionSpec) -> list[str]:
     """Why `impl` cannot take the call; empty if it can."""
+    if impl == "gluon":
+        return hopper.unsupported_reasons(inputs, spec)
     if impl != "triton":
         return []
     q, v = inputs.q, inputs.v
@@ -40,16 +42,18 @@ def unsupported_reasons(impl: str, inputs: Inputs, spec: AttentionSpec) -> list[
 def choose(impl: str | None, inputs: Inputs, spec: AttentionSpec) -> str:
     """The implementation to run: an order is followed or refused, "auto" finds one.
 
-    Returns "auto" itself where kernels are tried first and the fallback if they do not compile.
+    Returns a name of `ops` for a chain where kernels are tried first, and others if they do not compile.
 
     Raises:
         ValueError: no such implementation. NotImplementedError: an order that cannot be followed.
     """
     impl = DEFAULT_IMPL if impl is None else impl
     if impl == "auto":
-        if inputs.q.is_cuda and not unsupported_reasons("triton", inputs, spec):
+        if not inputs.q.is_cuda or unsupported_reasons("triton", inputs, spec):
+            return "fallback"
+        if not hopper.is_faster("forward", inputs, spec) or unsupported_reasons("gluon", inputs, spec):
             return "auto"
-        return "fallback"
+        return "auto on hopper" if hopper.is_faster("backward", inputs, spec) else "auto on hopper, forward"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     reasons = unsupported_reasons(impl, inputs, spec)
@@ -58,6 +62,11 @@ def choose(impl: str | None, inputs: Inputs, spec: AttentionSpec) -> str:
             f"impl={impl!r} cannot take this call: {'; '.join(reasons)}. impl='auto' would run the fallback"
         )
     return impl
+
+
+def first_of(choice: str) -> str:
+    """The implementation that is tried first for what `choose` returned."""
+    return ops.CHAINS[choice][0] if choice in ops.CHAINS else choice
 
 
 def run(inputs: Inputs, spec: AttentionSpec, impl: str, want: Collection[str] = ()) -> AttentionStats:

@@ -25,7 +25,7 @@ _FILE = Path(__file__).with_name("evidence.json")
 class Evidence(NamedTuple):
     """One record: where and with what an implementation was tried, how far, and what shows it."""
 
-    implementation: str  # "triton", "fallback", "reference"
+    implementation: str  # "triton", "gluon", "fallback", "reference"
     architecture: str  # "sm_90", "gfx942", "cpu"
     triton: str | None  # version; None where Triton plays no part
     state: str
@@ -49,7 +49,7 @@ def record(new: Iterable[Evidence]) -> Path:
 
 def state_of(implementation: str, architecture: str, triton_version: str | None = None) -> str:
     """The furthest state recorded for that triple; the installed Triton if no version is given."""
-    if implementation == "triton" and triton_version is None:
+    if implementation in ("triton", "gluon") and triton_version is None:
         try:
             triton_version = importlib.metadata.version("triton")
         except importlib.metadata.PackageNotFoundError:

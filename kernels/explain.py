@@ -113,7 +113,9 @@ def explain(
         call=_describe(inputs, spec),
         chosen=chosen,
         reasons={
-            name: found or [_passed_over(name, order)] for name, found in reasons.items() if name != chosen
+            name: found or [_passed_over(name, order, chosen)]
+            for name, found in reasons.items()
+            if name != chosen
         },
         evidence=_evidence(chosen, inputs.q.device),
         flops_forward=round(forward_flops(inputs, spec) * (1.0 if left is None else left.share)),
@@ -132,7 +134,7 @@ def _chosen(order: str, inputs: Inputs, spec: AttentionSpec) -> str | None:
         return None
     if order == "auto" and inputs.q.is_meta and not dispatch.unsupported_reasons("triton", inputs, spec):
         return "triton"
-    return "triton" if chosen == "auto" else chosen
+    return dispatch.first_of(chosen)
 
 
 def _evidence(chosen: str | None, device: torch.device) -> str:
@@ -146,13 +148,17 @@ def _evidence(chosen: str | None, device: torch.device) -> str:
     return f"on a GPU, with the Triton that is here: {', '.join(states) or evidence.NO_EVIDENCE}"
 
 
-def _passed_over(name: str, order: str) -> str:
+def _passed_over(name: str, order: str, chosen: str | None) -> str:
     if order != "auto":
         return f"impl={order!r} was asked for"
     if name == "reference":
         return "the reference keeps seqlen_q x seqlen_k tensors and runs only when asked for"
     if name == "triton":
+        if chosen == "gluon":
+            return "the kernels for Hopper go first"
         return "on CPU the interpreter runs only when asked for"
+    if name == "gluon":
+        return "not shown to be faster here; UNDIVIDED_HOPPER=1 takes it"
     return "a kernel takes the call"
 
 

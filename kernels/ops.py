@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import sys
 import warnings
 from types import ModuleType
@@ -41,11 +42,15 @@ from .vmap import folded
 N_INPUTS, N_SPEC = len(Inputs._fields), len(AttentionSpec._fields)
 
 # Modules that offer attention_forward and attention_backward, in the order in which they are tried.
-_CHAINS = {
+CHAINS = {
     "fallback": ("fallback",),
     "triton": ("triton",),
+    "gluon": ("gluon",),
     "auto": ("triton", "fallback"),
+    "auto on hopper": ("gluon", "triton", "fallback"),
+    "auto on hopper, forward": ("gluon", "triton", "fallback"),
 }
+_BACKWARD_CHAINS = {**CHAINS, "auto on hopper, forward": CHAINS["auto"]}
 
 
 Results = tuple[Tensor, Tensor, Tensor | None]
@@ -185,9 +190,9 @@ def _compute(inputs: Inputs, spec: AttentionSpec, impl: str) -> Results:
         if is_empty(inputs):
             out, lse, max_logit = _allocate_forward(*inputs, *spec, impl)
             return out.zero_(), lse.fill_(-torch.inf), max_logit.fill_(-torch.inf)
-        if impl == "auto":
+        if len(CHAINS[impl]) > 1:
             _say_if_untried(inputs.q.device)
-        return _first_that_compiles(impl, "attention_forward", inputs, spec)
+        return _first_that_compiles(CHAINS[impl], "attention_forward", inputs, spec)
 
 
 def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -198,7 +203,7 @@ def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args
         if is_empty(inputs):
             return tuple(g.zero_() for g in _allocate_backward(dout, dlse, out, lse, *args))
         grads: Gradients = _first_that_compiles(
-            impl, "attention_backward", dout, dlse, out, lse, inputs, spec, Needs(*needs)
+            _BACKWARD_CHAINS[impl], "attention_backward", dout, dlse, out, lse, inputs, spec, Needs(*needs)
         )
     return tuple(dout.new_empty(0) if g is None else g for g in grads)
 
@@ -218,18 +223,17 @@ def _allocate_backward(
     return empty_gradients(Inputs(*args[:N_INPUTS]), args[-1], dout)
 
 
-def _first_that_compiles(impl: str, function: str, *args: Any) -> Any:
-    """Run `function` of the implementation, or of the next one if a kernel cannot be built.
+def _first_that_compiles(chain: tuple[str, ...], function: str, *args: Any) -> Any:
+    """Run `function` of the first implementation, or of the next one if a kernel cannot be built.
 
     Only failures before a launch are caught; after a fault on the device nothing is retried.
     """
-    chain = _CHAINS[impl]
-    for name in chain[:-1]:
+    for name, then in itertools.pairwise(chain):
         module = _implementation(name)
         try:
             return getattr(module, function)(*args)
         except module.BUILD_ERRORS as error:
-            _say_once(f"undivided: {name} could not build a kernel, the {chain[-1]} runs instead: {error}")
+            _say_once(f"undivided: {name} could not build a kernel, {then} runs instead: {error}")
     return getattr(_implementation(chain[-1]), function)(*args)
 
 

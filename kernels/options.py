@@ -54,16 +54,17 @@ def make_spec(
         want_lse,
         *_table_of(options["bias"]),
         as_bool("precise", options["precise"]),
-        _is_batch_invariant(options["deterministic"]),
+        options["deterministic"] == "batch",
         want_max=want_max,
+        deterministic=_is_deterministic(options["deterministic"]),
     )
 
 
-def _is_batch_invariant(deterministic: bool | str | None) -> bool:
-    """Every implementation gives the same bits on every run, so that True and None ask for nothing more."""
+def _is_deterministic(deterministic: bool | str | None) -> bool:
+    """Whether the same bits are asked for on every run; None asks for what PyTorch's mode does."""
     if not (deterministic is None or isinstance(deterministic, bool) or deterministic == "batch"):
         raise ValueError(f'deterministic must be None, True, False or "batch", got {deterministic!r}')
-    return deterministic == "batch"
+    return torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic)
 
 
 def _table_of(biases: Biases) -> tuple[bool, int]:

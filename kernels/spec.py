@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .biases import Biases
     from .mask_algebra import Mask
 
-IMPLEMENTATIONS = ("reference", "fallback", "triton")
+IMPLEMENTATIONS = ("reference", "fallback", "triton", "gluon")
 STATISTICS = ("lse", "max_logit", "entropy", "key_mass")
 TILE, HIDDEN, WHOLE = 128, -2, -1
 """Of `Inputs.tiles`."""
@@ -115,6 +115,7 @@ class AttentionSpec(NamedTuple):
     bidirectional, max_distance: of the table, see `RelativeBias`. precise: backward's delta is the sum of
     P·dP, not made from a rounded out. batch_invariant: the bits of an entry do not depend on the others.
     first_entry: what dropout calls the first batch entry. want_max: forward also gives max_logit.
+    deterministic: the same bits on every run.
     """
 
     scale: float
@@ -131,6 +132,7 @@ class AttentionSpec(NamedTuple):
     batch_invariant: bool = False
     first_entry: int = 0
     want_max: bool = False
+    deterministic: bool = False
 
     def shift(self, seqlen_q: int, seqlen_k: int) -> int:
         """Position of query 0 on the axis of keys."""

@@ -71,7 +71,7 @@ KERNELS = {
     # the implementations are imported when first called, by name
     "ops": {"differentials", "evidence", "flops", "library", "vmap"},
     "statistics": {"library", "vmap"},
-    "dispatch": {"ops", "reference", "evidence", "statistics"},
+    "dispatch": {"hopper", "ops", "reference", "evidence", "statistics"},
     "functional": {"dispatch", "masks", "mask_algebra", "nested", "options", "sequences", "validation"},
     "weights": {"functional", "validation"},
     "mask_work": {"flops"},
@@ -87,10 +87,14 @@ KERNELS = {
     },
     "call_flags": set(),
     "explain_command": {"explain", "call_flags"},
-    "triton": {"evidence"},
+    "triton": {"descriptors", "evidence"},
+    "gluon": {"hopper", "triton"},
+    "descriptors": set(),
+    "hopper": {"descriptors"},
 }
 IMPORT_TRITON = {
     "kernels/triton",
+    "kernels/gluon",
     "bench/static",  # compiles what the former defines
 }
 

@@ -15,7 +15,7 @@ from .targets import TARGETS
 # (architecture, kernel, head_dim) -> instructions other than matrix ones per score and thread, main loop.
 SLOTS = {
     ("sm_90", "forward", 64): 10.5,
-    ("sm_90", "forward", 128): 8.7,
+    ("sm_90", "forward", 128): 10.9,
     ("sm_90", "forward", 256): 15.5,
     ("sm_90", "dkdv", 64): 11.5,
     ("sm_90", "dkdv", 128): 12.0,

@@ -243,6 +243,20 @@ def backward_launches(
     return gradients, launches, delta
 
 
+def row_statistics(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """(offset, delta) of a call that is not packed: float32 (batch, heads_q, seqlen_q and padding).
+
+    What `_row_statistics_kernel` says; dout, dlse, out and lse as in `attention_backward`.
+    """
+    padded = (*lse.shape[:2], -(-lse.shape[2] // PADDING) * PADDING)
+    offset, delta = lse.new_empty(2, *padded).unbind()
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    _row_statistics_launch(dout, dlse, out, lse, None, offset, delta, inputs, spec).run(lse.device)
+    return offset, delta
+
+
 def _by_row(delta: Tensor, inputs: Inputs) -> Tensor:
     """delta as (batch, heads_q, seqlen_q), without the padding that `tiles.statistics_of` describes."""
     batch, heads_q, seqlen_q, _ = inputs.q.shape

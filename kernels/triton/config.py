@@ -105,7 +105,7 @@ _HOPPER: Mapping[Kernel, Mapping[int, TileConfig]] = {
     },
     "dkdv": {
         64: TileConfig(64, 64, 4, 2),
-        128: TileConfig(64, 64, 4, 2),
+        128: TileConfig(64, 128, 8, 2),
         256: TileConfig(64, 128, 8, 1),
         512: TileConfig(16, 32, 8, 1),
     },

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import descriptors
 from ..spec import AttentionSpec, Inputs, like
 from . import softmax, tiles, visibility
 from .attend import attend_to
@@ -17,7 +18,6 @@ from .launch import (
     Launch,
     broadcast_strides,
     dense_slopes,
-    descriptors_fit,
     dropout_seed,
     dropped_bits,
     kept_scale,
@@ -228,7 +228,7 @@ def forward_launch(
         if config is None:
             raise NotImplementedError(f"head_dim {head_dim} (v: {head_dim_v}) is larger than any tile")
     bounds = position_bounds(inputs, spec)
-    tma = config.tma and descriptors_fit(inputs, spec)
+    tma = config.tma and descriptors.why_not(inputs, spec) is None
     arguments: tuple[Any, ...] = (
         q, q.stride(), k, k.stride(), v, v.stride(), out, out.stride(), lse, max_logit,
         bias, broadcast_strides(bias), mask, broadcast_strides(mask),

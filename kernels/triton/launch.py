@@ -13,7 +13,6 @@ from triton.runtime.jit import JITFunction
 
 from ..philox import drop_threshold
 from ..spec import AttentionSpec, Inputs
-from ..visibility import key_bounds
 from .config import TileConfig, architecture
 
 Strides = tuple[int | None, ...]
@@ -27,6 +26,26 @@ NOT_OF_THE_BUILD = (InterpreterError, torch.AcceleratorError, torch.OutOfMemoryE
 MOST_REMEMBERED = 256
 _not_built: dict[Hashable, str] = {}
 """Why, by what the compiler was given: to ask again would take seconds, at every call."""
+
+
+def recall(variant: Hashable) -> None:
+    """Raise the BuildError that an earlier attempt at a kernel ended with."""
+    if reason := _not_built.get(variant):
+        raise BuildError(reason)
+
+
+def failure(error: Exception, kernel: JITFunction[Any], variant: Hashable) -> Exception:
+    """What a launch that raised `error` ends with: a BuildError, for `recall`, if the kernel was not built.
+
+    Triton compiles, loads and launches in one call; whatever the driver did not say came before the launch.
+    """
+    if isinstance(error, NOT_OF_THE_BUILD) or str(error).startswith("Triton Error ["):  # a fault, perhaps
+        return error
+    reason = f"{kernel.__name__}: {type(error).__name__}: {error}"
+    if len(_not_built) >= MOST_REMEMBERED:
+        _not_built.clear()
+    _not_built[variant] = reason
+    return BuildError(reason)
 
 
 class Launch(NamedTuple):
@@ -60,23 +79,14 @@ class Launch(NamedTuple):
 
     def recall(self, device: torch.device) -> None:
         """Raise the BuildError that an earlier attempt ended with."""
-        if _not_built and (reason := _not_built.get(self._variant(device))):
-            raise BuildError(reason)
+        if _not_built:
+            recall(self._variant(device))
 
     def _start(self, device: torch.device) -> None:
-        """Triton compiles, loads and launches in one call; whatever the driver did not say came before it."""
         try:
             self.kernel[(self.programs,)](*self.arguments, **self.constants, **self.options())
-        except NOT_OF_THE_BUILD:
-            raise
         except Exception as error:
-            if str(error).startswith("Triton Error ["):  # the driver's: a fault on the device, perhaps
-                raise
-            reason = f"{self.kernel.__name__}: {type(error).__name__}: {error}"
-            if len(_not_built) >= MOST_REMEMBERED:
-                _not_built.clear()
-            _not_built[self._variant(device)] = reason
-            raise BuildError(reason) from error
+            raise failure(error, self.kernel, self._variant(device)) from error
 
     def _variant(self, device: torch.device) -> Hashable:
         """All that decides what is compiled, for what."""
@@ -139,25 +149,3 @@ def kept_scale(dropout_p: float) -> float:
 def dropout_seed(inputs: Inputs, spec: AttentionSpec) -> Tensor | None:
     """The seed, or None where p is so small that no 32-bit word is below its threshold."""
     return inputs.seed if drop_threshold(spec.dropout_p) > 0 else None
-
-
-def descriptors_fit(inputs: Inputs, spec: AttentionSpec) -> bool:
-    """Whether q, k and v may be read through tensor descriptors.
-
-    The hardware wants whole multiples of 16 bytes. And its boxes cannot leave out rows, so no key may
-    be hidden from every query of the batch entry: what it holds would reach a product.
-    """
-    seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
-    hiding = inputs.mask, inputs.ranges, inputs.tiles, inputs.key_lengths, inputs.spans_q
-    if any(x is not None for x in hiding):
-        return False
-    if key_bounds(0, seqlen_q - 1, spec, seqlen_q, seqlen_k) != (0, seqlen_k):
-        return False
-    for x in (inputs.q, inputs.k, inputs.v):
-        unit = 16 // x.element_size()
-        *outer, last = x.stride()
-        if last != 1 or any(s <= 0 or s % unit for s in outer) or x.data_ptr() % 16:
-            return False
-        if not 16 <= x.shape[3] <= 256:
-            return False
-    return True

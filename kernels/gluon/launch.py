@@ -1,0 +1,67 @@
+"""A Hopper kernel with everything it is about to be called with."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.jit import JITFunction
+
+from ..triton.launch import failure, recall
+
+
+class Tile(NamedTuple):
+    """A tensor of which the copy engine moves boxes; what of a box lies outside is zero, or not written."""
+
+    tensor: Tensor
+    box: tuple[int, ...]
+
+    def descriptor(self) -> Any:
+        """For the kernel."""
+        x = self.tensor
+        layout = shared_layout(x.element_size(), x.ndim)
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), list(self.box), layout)
+
+
+@functools.cache
+def shared_layout(element_size: int, rank: int) -> Any:
+    """How a box lies in shared memory: rows of a head as products read them, statistics one by one."""
+    swizzle = 128 if rank == 4 else 0
+    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * element_size, rank=rank)
+
+
+class HopperLaunch(NamedTuple):
+    """One launch. arguments are the kernel's run-time parameters, constants its constexprs."""
+
+    kernel: JITFunction[Any]
+    programs: int
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told: the first partition is one warpgroup."""
+        return {"num_warps": 4, "enable_fp_fusion": True}
+
+    def run(self, device: torch.device) -> None:
+        """Start the kernel on the current stream of the device its tensors are on.
+
+        Raises:
+            BuildError: it could not be built.
+        """
+        variant = self.kernel, device.index, *self.constants.values()
+        recall(variant)
+        try:
+            with torch.cuda.device(device):
+                self.start()
+        except Exception as error:
+            raise failure(error, self.kernel, variant) from error
+
+    def start(self) -> None:
+        """Compile if need be, and launch."""
+        arguments = {name: x.descriptor() if isinstance(x, Tile) else x for name, x in self.arguments.items()}
+        self.kernel[(self.programs,)](**arguments, **self.constants, **self.options)
