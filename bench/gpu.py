@@ -1,6 +1,6 @@
 """What to do when a GPU is at hand: tests and conformance natively, the sweep, launch modes, tiles; one file.
 
-Once every file of tests has passed, or every question of conformance, kernels/evidence.json says so.
+Once every test has passed, or every question of conformance, kernels/evidence.json says so.
 `bench/gpu.sh` calls this. Exit status 0: all done, all passed; 1: all done, something failed; 75: not
 everything fitted into the time, call again.
 """
@@ -13,23 +13,23 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..conformance.adapters import ours
 from ..kernels import evidence
 from ..kernels.spec import IMPLEMENTATIONS
-from . import lane, results, shapes
+from . import gpu_tests, lane, results, shapes
 from .environment import ROOT, environment
 from .results import Results, record_of
 
 RESULTS = ROOT / "bench" / "results"
 WORK = ROOT / "build" / "gpu"
-TEST_SECONDS, CHECK_SECONDS, CASE_SECONDS, TUNE_SECONDS = 240.0, 400.0, 150.0, 400.0
-CHECKED = ("float16", "bfloat16", "float32")  # a task for each: together they would take too long for one
-NO_TESTS_LEFT = 5  # pytest's exit status when every test of a file was deselected
+CHECK_SECONDS, CASE_SECONDS, TUNE_SECONDS = 400.0, 150.0, 400.0
 CALL_AGAIN = os.EX_TEMPFAIL
 # Where a call is short, how it is launched decides.
 MODES = (
@@ -37,8 +37,8 @@ MODES = (
     *("--direction", "forward", "backward", "both"),
     *("--peers", "undivided", "undivided-compiled", "undivided-graph"),
 )
-CORRECTNESS = ("tests/", "check/")
-PARTS = ("tests", "check", "sweep", "tune")
+TASKS = ("check", "sweep", "tune")
+PARTS = ("tests", *TASKS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,45 +56,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     where = environment()
     # What one GPU or Triton passed says nothing of another.
-    journal = options.work / f"journal-{where['architecture']}-triton-{where['triton']}.jsonl"
+    kind = f"{where['architecture']}-triton-{where['triton']}.jsonl"
+    journal, suite = options.work / f"journal-{kind}", gpu_tests.Journal(options.work / f"tests-{kind}")
     if options.fresh:
         journal.unlink(missing_ok=True)
+        suite.path.unlink(missing_ok=True)
+    begin, seconds = time.monotonic(), options.minutes * 60
+    asked = list(tasks(options.only, options.work))
     try:
-        complete = lane.run(tasks(options.only, options.work), journal, options.minutes * 60)
+        lane.require(asked, seconds)
     except ValueError as error:
         parser.error(f"--minutes {options.minutes:g} is too short: {error}")
-    outcomes = lane.journal_of(journal)
-    path = write(outcomes, complete, where, RESULTS)
-    known = evidence.record(findings(outcomes, where, f"bench/results/{path.name}"))
+    complete = True
+    if options.only in (None, "tests"):
+        # Of what else is asked, at least one shape should fit.
+        reserve = min(CASE_SECONDS, seconds / 2) if asked else 0.0
+        complete = gpu_tests.proceed(suite, seconds - reserve).complete
+    complete = lane.run(asked, journal, seconds - (time.monotonic() - begin)) and complete
+
+    outcomes, standing = lane.journal_of(journal), suite.standing()
+    path = write(outcomes, standing, complete, where, RESULTS)
+    known = evidence.record(findings(outcomes, standing, where, f"bench/results/{path.name}"))
     if os.environ.get("OUT"):
-        for file in (path, sweep_beside(path), journal, known, *options.work.glob("check-*")):
-            shutil.copy(file, os.environ["OUT"])
-    print(table(outcomes))
-    failed = [outcome for outcome in outcomes if outcome.status != "passed"]
-    for outcome in failed:
-        print(f"\n{outcome.name} {outcome.status}:\n{outcome.tail[-1500:]}")
-    print(f"\n{path}: {len(outcomes)} done, {len(failed)} failed, {'complete' if complete else 'call again'}")
-    return CALL_AGAIN if not complete else 1 if failed else 0
+        for file in (path, sweep_beside(path), journal, suite.path, known, *options.work.glob("check-*")):
+            if file.exists():
+                shutil.copy(file, os.environ["OUT"])
+    is_right = say(outcomes, standing)
+    print(f"{path}: {'complete' if complete else 'call again'}")
+    return CALL_AGAIN if not complete else 0 if is_right else 1
 
 
 def tasks(only: str | None = None, work: Path = WORK) -> Iterator[lane.Task]:
-    """Files of tests, questions of conformance, shapes, launch modes, tiles, each in a process of its own."""
+    """Questions of conformance, shapes, launch modes, tiles: each in a process of its own, one at a time."""
     bench = [sys.executable, "-m", "undivided", "bench", "--lines"]
-    if only in (None, "tests"):
-        for file in sorted(ROOT.glob("tests/test_*.py")):
-            command = [sys.executable, "-m", "pytest", "-q", "-m", "not full and not compile", str(file)]
-            yield lane.Task(f"tests/{file.name}", command, TEST_SECONDS, (0, NO_TESTS_LEFT))
     if only in (None, "check"):
-        check = [sys.executable, "-m", "undivided", "check", "--impl", "triton", "--level", "full"]
-        for dtype in CHECKED:
-            report = (
-                "--json",
-                str(work / f"check-{dtype}.json"),
-                "--html",
-                str(work / f"check-{dtype}.html"),
-            )
-            command = [*check, "--device", "cuda", "--dtype", dtype, *report]
-            yield lane.Task(f"check/{dtype}", command, CHECK_SECONDS)
+        for implementation in gpu_tests.KERNELS:
+            yield from checks(implementation, work)
     if only in (None, "sweep"):
         for name in shapes.SHAPES:
             yield lane.Task(f"sweep/{name}", [*bench, "--shape", name], CASE_SECONDS)
@@ -103,7 +100,24 @@ def tasks(only: str | None = None, work: Path = WORK) -> Iterator[lane.Task]:
         yield lane.Task("tune/tiles", [*bench, "--tune"], TUNE_SECONDS)
 
 
-def write(outcomes: Sequence[lane.Outcome], complete: bool, where: Mapping[str, Any], folder: Path) -> Path:
+def checks(implementation: str, work: Path = WORK) -> Iterator[lane.Task]:
+    """One for each dtype that it takes: together they would take too long for one."""
+    for dtype in ours(implementation, native=True).capabilities.dtypes:
+        name = str(dtype).removeprefix("torch.")
+        report = work / f"check-{implementation}-{name}"
+        command = [sys.executable, "-m", "undivided", "check", "--impl", implementation, "--level", "full"]
+        command += ["--device", "cuda", "--dtype", name]
+        command += ["--json", f"{report}.json", "--html", f"{report}.html"]
+        yield lane.Task(f"check/{implementation}/{name}", command, CHECK_SECONDS)
+
+
+def write(
+    outcomes: Sequence[lane.Outcome],
+    standing: gpu_tests.Standing,
+    complete: bool,
+    where: Mapping[str, Any],
+    folder: Path,
+) -> Path:
     """One file: where it ran, what passed, every figure; and the sweep alone, as the command has it."""
     entries = [outcome._asdict() for outcome in outcomes]
     for entry in entries:
@@ -112,7 +126,17 @@ def write(outcomes: Sequence[lane.Outcome], complete: bool, where: Mapping[str, 
     document: dict[str, Any] = {
         "environment": where,
         "complete": complete,
-        **{part: [entry for entry in entries if entry["name"].startswith(f"{part}/")] for part in PARTS},
+        "tests": {
+            "passed": len(standing.passed),
+            "skipped": len(standing.skipped),
+            "failed": [
+                {"test": verdict.test, "seconds": verdict.seconds, "tail": verdict.tail}
+                for verdict in standing.failed
+            ],
+            "left": None if standing.left is None else len(standing.left),
+            "unsteady": standing.unsteady,
+        },
+        **{part: [entry for entry in entries if entry["name"].startswith(f"{part}/")] for part in TASKS},
     }
     gpu = re.sub(r"[^a-z0-9]+", "-", where["gpu"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,30 +153,43 @@ def sweep_beside(path: Path) -> Path:
 
 
 def findings(
-    outcomes: Sequence[lane.Outcome], where: Mapping[str, Any], source: str
+    outcomes: Sequence[lane.Outcome], standing: gpu_tests.Standing, where: Mapping[str, Any], source: str
 ) -> list[evidence.Evidence]:
     """Which implementations ran natively on this kind of GPU.
 
-    All, once every file of tests has passed; the kernels, too, once every question of conformance has. A
-    failure in either leaves them without.
+    All that were tested, once every test has passed; kernels, too, once every question of conformance has.
+    A failure in either leaves them without.
     """
-    passed = {outcome.name for outcome in outcomes if outcome.status == "passed"}
-    is_checked, is_tested = (
-        passed.issuperset(task.name for task in tasks(part)) for part in ("check", "tests")
-    )
-    wrong = any(outcome.status == "failed" and outcome.name.startswith(CORRECTNESS) for outcome in outcomes)
-    shown = [*(IMPLEMENTATIONS if is_tested else ()), *(("triton",) if is_checked else ())]
-    return [
-        evidence.Evidence(
-            implementation,
-            where["architecture"],
-            where["triton"] if implementation == "triton" else None,
-            "run natively",
-            source,
+    status_of = {outcome.name: outcome.status for outcome in outcomes}
+    is_tested = standing.complete and not standing.failed
+    found = []
+    for implementation in IMPLEMENTATIONS:
+        is_kernel = implementation in gpu_tests.KERNELS
+        checked = [status_of.get(task.name) for task in checks(implementation)] if is_kernel else []
+        ran = is_tested and any(gpu_tests.speaks_of(test, implementation) for test in standing.passed)
+        answered = bool(checked) and all(status == "passed" for status in checked)
+        wrong = "failed" in checked or any(
+            gpu_tests.speaks_of(verdict.test, implementation)
+            or not any(gpu_tests.speaks_of(verdict.test, name) for name in IMPLEMENTATIONS)
+            for verdict in standing.failed
         )
-        for implementation in dict.fromkeys(shown)
-        if not (implementation == "triton" and wrong)
-    ]
+        if (ran or answered) and not wrong:
+            triton = where["triton"] if is_kernel else None
+            architecture = where["architecture"]
+            found.append(evidence.Evidence(implementation, architecture, triton, "run natively", source))
+    return found
+
+
+def say(outcomes: Sequence[lane.Outcome], standing: gpu_tests.Standing) -> bool:
+    """Print figures, then what failed, and how many of everything; whether nothing failed."""
+    print(table(outcomes))
+    failed = [outcome for outcome in outcomes if outcome.status != "passed"]
+    for outcome in failed:
+        print(f"\n{outcome.name} {outcome.status}:\n{outcome.tail[-1500:]}")
+    for verdict in standing.failed:
+        print(f"\n{verdict.test} failed:\n{verdict.tail[-500:]}")
+    print(f"\ntests: {standing}; {len(outcomes)} other tasks done, {len(failed)} failed")
+    return not failed and not standing.failed
 
 
 def table(outcomes: Sequence[lane.Outcome]) -> str:

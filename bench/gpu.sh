@@ -3,9 +3,13 @@
 # given, and goes on at the next call. See bench/gpu.py for options (--minutes, --only, --fresh) and exit status.
 #
 #   bench/gpu.sh --minutes 9
+#   bench/gpu.sh --minutes 3 --only tests
+#
+# Tests run on all CPUs if pytest-xdist is there, and a hang costs one test if pytest-timeout is; everything else
+# has the machine to itself. What was done is in build/gpu (--work): another machine goes on where that is.
 #
 # UNDIVIDED_PTXAS: a folder with ptxas-blackwell, to assemble with it. OUT: a folder that gets a copy of
-# the results. PYTHON: the interpreter to use.
+# the results and of what was done. PYTHON: the interpreter to use.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}

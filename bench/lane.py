@@ -41,21 +41,27 @@ def journal_of(path: Path) -> list[Outcome]:
     return [Outcome(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def require(tasks: Iterable[Task], seconds: float) -> None:
+    """A budget in which each of them can start.
+
+    Raises:
+        ValueError: a task that `run` would never start within `seconds`.
+    """
+    for task in tasks:
+        if task.seconds > seconds:
+            raise ValueError(f"{task.name} may take {task.seconds:.0f} s, the budget is {seconds:.0f} s")
+
+
 def run(tasks: Iterable[Task], journal: Path, seconds: float) -> bool:
     """Run what the journal does not name yet, within `seconds`; whether everything is done.
 
     A task starts only if its whole time-out still fits, so none is cut short by the budget.
-
-    Raises:
-        ValueError: a task that no budget of that size would ever start.
     """
     end = time.monotonic() + seconds
     done = {outcome.name for outcome in journal_of(journal)}
     journal.parent.mkdir(parents=True, exist_ok=True)
     complete = True
     for task in tasks:
-        if task.seconds > seconds:
-            raise ValueError(f"{task.name} may take {task.seconds:.0f} s, the budget is {seconds:.0f} s")
         if task.name in done:
             continue
         if time.monotonic() + task.seconds > end:
