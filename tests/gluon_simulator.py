@@ -84,9 +84,9 @@ def simulate(launch: Launch, seed: object = 0, edits: Sequence[Edit] = ()) -> No
 def _argument(x: Any) -> Any:
     """As a kernel is given it."""
     if hasattr(x, "box"):
-        return Descriptor(x.tensor, x.box)
+        return Descriptor(x.tensor.detach(), x.box)
     if isinstance(x, Tensor):
-        return Pointer(x)
+        return Pointer(x.detach())
     if isinstance(x, tuple):
         return tuple(map(_argument, x))
     if isinstance(x, float):
@@ -102,8 +102,7 @@ def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         torch.set_num_threads(before)
 

@@ -52,20 +52,8 @@ def load_tiles(x_tile, ring, full, empty, n_rows, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def multiply(
-    y_tile,
-    z_tile,
-    sums,
-    ring,
-    w,
-    exchange,
-    half,
-    full,
-    empty,
-    n_rows,
-    HALF: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def multiply(y_tile, z_tile, sums, shared, n_rows, HALF: gl.constexpr, STAGES: gl.constexpr):
+    ring, w, exchange, half, full, empty = shared
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
     mine = exchange.slice(HALF * 64, 64, dim=0)
@@ -114,8 +102,8 @@ def toy(x_tile, w_tile, y_tile, z_tile, sums, n_rows, STAGES: gl.constexpr):
     shared = (ring, w, exchange, half, full, empty)
     gl.warp_specialize(
         [
-            (multiply, (y_tile, z_tile, sums, *shared, n_rows, 0, STAGES)),
-            (multiply, (y_tile, z_tile, sums, *shared, n_rows, 1, STAGES)),
+            (multiply, (y_tile, z_tile, sums, shared, n_rows, 0, STAGES)),
+            (multiply, (y_tile, z_tile, sums, shared, n_rows, 1, STAGES)),
             (load_tiles, (x_tile, ring, full, empty, n_rows, STAGES)),
         ],
         [4, 1],
