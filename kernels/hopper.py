@@ -40,7 +40,7 @@ def unsupported_reasons(inputs: Inputs, spec: AttentionSpec) -> list[str]:
     given |= {"a mask object": inputs.ranges if inputs.tiles is None else inputs.tiles}
     given |= {"key_lengths": inputs.key_lengths, "packed sequences": inputs.spans_q}
     reasons += [f"{name}: not in these kernels" for name, x in given.items() if x is not None]
-    asked = {"softcap": spec.softcap is not None, "dropout": spec.dropout_p > 0, "max_logit": spec.want_max}
+    asked = {"softcap": spec.softcap is not None, "dropout": spec.dropout_p > 0}
     asked |= {"a negative scale": spec.scale < 0}
     reasons += [f"{name}: not in these kernels" for name, is_asked in asked.items() if is_asked]
     if not reasons and (found := descriptors.why_not(inputs, spec)):

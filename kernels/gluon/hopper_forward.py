@@ -97,7 +97,7 @@ def _scores(q, k_tiles, stage, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, LA
 
 @gluon.jit
 def _compute(
-    out_desc, lse_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
+    out_desc, lse_ptr, max_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     HEAD_DIM: gl.constexpr, TAKE_TURNS: gl.constexpr,
 ):  # fmt: skip
@@ -194,8 +194,10 @@ def _compute(
     fence_async_shared()
     compat.store_tile(out_desc, [batch, head, first_row, 0], q_tile)
     rows = first_row + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-    lse_ptr += (batch * heads_q + head).to(gl.int64) * seqlen_q
-    gl.store(lse_ptr + rows, lse, mask=rows < seqlen_q)
+    before = (batch * heads_q + head).to(gl.int64) * seqlen_q
+    gl.store(lse_ptr + before + rows, lse, mask=rows < seqlen_q)
+    if max_ptr is not None:
+        gl.store(max_ptr + before + rows, row_max * scale, mask=rows < seqlen_q)
     tma.store_wait(0)
 
 
@@ -213,7 +215,7 @@ def _compute(
     ]
 )
 def _forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, lse_ptr, sinks_ptr, unit, scale,
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, max_ptr, sinks_ptr, unit, scale,
     seqlen_q, seqlen_k, shift, left, right, heads_q, group, planes, together,
     HEAD_DIM: gl.constexpr, BLOCK_K: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
     TAKE_TURNS: gl.constexpr, REGISTERS_COMPUTE: gl.constexpr, REGISTERS_LOAD: gl.constexpr,
@@ -244,9 +246,9 @@ def _forward_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_compute, (out_desc, lse_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
+                (_compute, (out_desc, lse_ptr, max_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
                             0, GROUPS, BLOCK_K, STAGES, HEAD_DIM, TAKE_TURNS)),
-                (_compute, (out_desc, lse_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
+                (_compute, (out_desc, lse_ptr, max_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
                             1, GROUPS, BLOCK_K, STAGES, HEAD_DIM, TAKE_TURNS)),
                 (_load, (tensors, buffers, barriers, sizes, group, bounds, GROUPS, BLOCK_K, STAGES)),
             ],
@@ -256,11 +258,11 @@ def _forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_compute, (out_desc, lse_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
+                (_compute, (out_desc, lse_ptr, max_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
                             0, GROUPS, BLOCK_K, STAGES, HEAD_DIM, TAKE_TURNS)),
-                (_compute, (out_desc, lse_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
+                (_compute, (out_desc, lse_ptr, max_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
                             1, GROUPS, BLOCK_K, STAGES, HEAD_DIM, TAKE_TURNS)),
-                (_compute, (out_desc, lse_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
+                (_compute, (out_desc, lse_ptr, max_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
                             2, GROUPS, BLOCK_K, STAGES, HEAD_DIM, TAKE_TURNS)),
                 (_load, (tensors, buffers, barriers, sizes, group, bounds, GROUPS, BLOCK_K, STAGES)),
             ],
@@ -271,19 +273,25 @@ def _forward_kernel(
 
 def attention_forward(
     inputs: Inputs, spec: AttentionSpec, tile: ForwardTile | None = None
-) -> tuple[Tensor, Tensor, None]:
-    """(out, lse, None) of one call, outside autograd; as the Triton kernels' `attention_forward`."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(out, lse, max_logit) of one call, outside autograd; as the Triton kernels' `attention_forward`."""
     q = inputs.q
     out = like(q, inputs.v.shape[3])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    forward_launch(inputs, spec, out, lse, tile).run(q.device)
-    return out, lse, None
+    max_logit = torch.empty_like(lse) if spec.want_max else None
+    forward_launch(inputs, spec, out, lse, tile, max_logit).run(q.device)
+    return out, lse, max_logit
 
 
 def forward_launch(
-    inputs: Inputs, spec: AttentionSpec, out: Tensor, lse: Tensor, tile: ForwardTile | None = None
+    inputs: Inputs,
+    spec: AttentionSpec,
+    out: Tensor,
+    lse: Tensor,
+    tile: ForwardTile | None = None,
+    max_logit: Tensor | None = None,
 ) -> HopperLaunch:
-    """The launch that fills out and lse; with meta tensors, one to compile only."""
+    """The launch that fills out, lse and max_logit; with meta tensors, one to compile only."""
     q, k, v, sinks = inputs.q, inputs.k, inputs.v, inputs.sinks
     batch, heads_q, seqlen_q, head_dim = q.shape
     heads_kv, seqlen_k = k.shape[1:3]
@@ -298,6 +306,7 @@ def forward_launch(
         "v_desc": Tile(v, keys),
         "out_desc": Tile(out, queries),
         "lse_ptr": lse,
+        "max_ptr": max_logit,
         "sinks_ptr": None if sinks is None else sinks.contiguous(),
         "unit": positive_scale(spec.scale) * LOG2E.value,
         "scale": positive_scale(spec.scale),
