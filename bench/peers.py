@@ -16,6 +16,7 @@ from torch import Tensor
 from ..conformance.adapters import ADAPTERS, ARITHMETIC, resolve
 from ..conformance.budget import Arithmetic
 from ..conformance.cases import Case, Extra, Problem
+from ..kernels import dispatch
 from ..kernels.functional import attention
 from ..kernels.spec import AttentionOptions
 from ..kernels.visibility import visible
@@ -48,8 +49,10 @@ def find(name: str) -> Peer:
 
 
 def _ours(impl: str | None, case: Case, problem: Problem) -> Ready:
-    if impl is None:  # kernels or nothing: the fallback's time must not pass for theirs
-        impl = "triton" if problem.q.device.type == "cuda" else "auto"
+    if impl is None:
+        impl = "auto"
+        if problem.q.is_cuda and dispatch.first_of(dispatch.choose(impl, *problem.prepared())) == "fallback":
+            raise UnavailableError("no kernel takes it, and the fallback's time must not pass for theirs")
     attend = functools.partial(attention, **{**problem.given_options(), "impl": impl})
     return Ready(attend, arithmetic=ARITHMETIC[impl])
 

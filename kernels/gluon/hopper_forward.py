@@ -97,11 +97,12 @@ def _scores(q, k_tiles, stage, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, LA
 
 @gluon.jit
 def _compute(
-    out_desc, lse_ptr, max_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
+    outputs, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     HEAD_DIM: gl.constexpr, TAKE_TURNS: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup that computes: its 64 rows of out and lse."""
+    """A warpgroup that computes: its 64 rows of the outputs."""
+    out_desc, lse_ptr, max_ptr = outputs
     DTYPE: gl.constexpr = out_desc.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, BLOCK_K, 16])
     OUT_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, HEAD_DIM, 16])
@@ -238,6 +239,7 @@ def _forward_kernel(
         mbarrier.init(k_empty.index(stage), count=GROUPS)
         mbarrier.init(v_empty.index(stage), count=GROUPS)
     tensors = (q_desc, k_desc, v_desc)
+    outputs = (out_desc, lse_ptr, max_ptr)
     buffers = (q_tiles, k_tiles, v_tiles)
     barriers = (q_full, k_full, k_empty, v_full, v_empty)
     sizes = (seqlen_q, seqlen_k, heads_q, planes, together)
@@ -246,9 +248,9 @@ def _forward_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_compute, (out_desc, lse_ptr, max_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
+                (_compute, (outputs, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
                             0, GROUPS, BLOCK_K, STAGES, HEAD_DIM, TAKE_TURNS)),
-                (_compute, (out_desc, lse_ptr, max_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
+                (_compute, (outputs, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
                             1, GROUPS, BLOCK_K, STAGES, HEAD_DIM, TAKE_TURNS)),
                 (_load, (tensors, buffers, barriers, sizes, group, bounds, GROUPS, BLOCK_K, STAGES)),
             ],
@@ -258,11 +260,11 @@ def _forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_compute, (out_desc, lse_ptr, max_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
+                (_compute, (outputs, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
                             0, GROUPS, BLOCK_K, STAGES, HEAD_DIM, TAKE_TURNS)),
-                (_compute, (out_desc, lse_ptr, max_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
+                (_compute, (outputs, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
                             1, GROUPS, BLOCK_K, STAGES, HEAD_DIM, TAKE_TURNS)),
-                (_compute, (out_desc, lse_ptr, max_ptr, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
+                (_compute, (outputs, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
                             2, GROUPS, BLOCK_K, STAGES, HEAD_DIM, TAKE_TURNS)),
                 (_load, (tensors, buffers, barriers, sizes, group, bounds, GROUPS, BLOCK_K, STAGES)),
             ],
