@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..conformance.adapters import ours
-from ..kernels import evidence
+from ..kernels import evidence, hopper
 from ..kernels.spec import IMPLEMENTATIONS
 from . import gpu_tests, lane, results, shapes
 from .environment import ROOT, environment
@@ -90,7 +90,7 @@ def tasks(only: str | None = None, work: Path = WORK) -> Iterator[lane.Task]:
     """Questions of conformance, shapes, launch modes, tiles: each in a process of its own, one at a time."""
     bench = [sys.executable, "-m", "undivided", "bench", "--lines"]
     if only in (None, "check"):
-        for implementation in gpu_tests.KERNELS:
+        for implementation in IMPLEMENTATIONS:
             yield from checks(implementation, work)
     if only in (None, "sweep"):
         for name in shapes.SHAPES:
@@ -101,7 +101,11 @@ def tasks(only: str | None = None, work: Path = WORK) -> Iterator[lane.Task]:
 
 
 def checks(implementation: str, work: Path = WORK) -> Iterator[lane.Task]:
-    """One for each dtype that it takes: together they would take too long for one."""
+    """Of kernels that this machine runs, one for each dtype: together they would take too long for one."""
+    if implementation not in gpu_tests.KERNELS:
+        return
+    if implementation == "gluon" and hopper.machine_reasons(torch.device("cuda")):
+        return
     for dtype in ours(implementation, native=True).capabilities.dtypes:
         name = str(dtype).removeprefix("torch.")
         report = work / f"check-{implementation}-{name}"
@@ -164,8 +168,7 @@ def findings(
     is_tested = standing.complete and not standing.failed
     found = []
     for implementation in IMPLEMENTATIONS:
-        is_kernel = implementation in gpu_tests.KERNELS
-        checked = [status_of.get(task.name) for task in checks(implementation)] if is_kernel else []
+        checked = [status_of.get(task.name) for task in checks(implementation)]
         ran = is_tested and any(gpu_tests.speaks_of(test, implementation) for test in standing.passed)
         answered = bool(checked) and all(status == "passed" for status in checked)
         wrong = "failed" in checked or any(
@@ -174,7 +177,7 @@ def findings(
             for verdict in standing.failed
         )
         if (ran or answered) and not wrong:
-            triton = where["triton"] if is_kernel else None
+            triton = where["triton"] if implementation in gpu_tests.KERNELS else None
             architecture = where["architecture"]
             found.append(evidence.Evidence(implementation, architecture, triton, "run natively", source))
     return found

@@ -61,7 +61,8 @@ def test_a_budget_below_a_time_out_is_refused() -> None:
         lane.require([python("slow", "", seconds=100)], seconds=50)
 
 
-def test_tasks_cover_every_case() -> None:
+def test_tasks_cover_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.hopper, "machine_reasons", lambda device: ())
     names = [task.name for task in gpu.tasks()]
     swept = {name.removeprefix("sweep/") for name in names if name.startswith("sweep/")}
     assert swept == {*shapes.SHAPES, "modes"}
@@ -147,6 +148,7 @@ class TestEvidence:
             patches.setattr(torch.cuda, "is_available", lambda: True)
             patches.setattr(gpu, "environment", lambda: self.where)
             patches.setattr(gpu, "RESULTS", tmp_path / "results")
+            patches.setattr(gpu.hopper, "machine_reasons", lambda device: ("not a Hopper GPU",))
             patches.setattr(evidence, "_FILE", file)
             patches.setattr(lane, "perform", self.perform)
             yield
@@ -179,10 +181,17 @@ class TestEvidence:
         assert self.go() == 1
         assert evidence.state_of("triton", "sm_95", "9.9.0") == "run natively"
 
-    def test_conformance_is_evidence_for_the_kernels_alone(self) -> None:
+    @pytest.mark.parametrize("is_hopper", [False, True])
+    def test_conformance_is_evidence_for_the_kernels_alone(
+        self, is_hopper: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And of those for GPUs of another kind nothing is asked."""
+        if is_hopper:
+            monkeypatch.setattr(gpu.hopper, "machine_reasons", lambda device: ())
         assert self.go("--only", "check") == 0
-        assert [(x.implementation, x.architecture, x.state) for x in evidence.records()] == [
-            ("triton", "sm_95", "run natively")
+        assert [(x.implementation, x.architecture, x.triton, x.state) for x in evidence.records()] == [
+            (implementation, "sm_95", "9.9.0", "run natively")
+            for implementation in (("gluon", "triton") if is_hopper else ("triton",))
         ]
 
     @pytest.mark.parametrize("failing", ["check/triton/float16", *TESTS])
