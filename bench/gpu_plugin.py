@@ -54,17 +54,20 @@ def pytest_configure_node(node: Any) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Kernels first, what failed before last; else as chance has it: an early end then is a fair sample."""
+    """What has not passed: kernels first, and last what was asked before; else as chance has it.
+
+    An early end then is a fair sample.
+    """
     before = config.stash[_BEFORE]
 
     def turn(item: pytest.Item) -> tuple[bool, bool, int]:
         is_kernel = any(gpu_tests.speaks_of(item.nodeid, name) for name in gpu_tests.KERNELS)
         return item.nodeid in before, not is_kernel, zlib.crc32(item.nodeid.encode())
 
-    answered = [item for item in items if before.get(item.nodeid) in ("passed", "skipped")]
-    if answered:
-        config.hook.pytest_deselected(items=answered)
-    items[:] = sorted((item for item in items if before.get(item.nodeid) in (None, "failed")), key=turn)
+    passed = [item for item in items if before.get(item.nodeid) == "passed"]
+    if passed:
+        config.hook.pytest_deselected(items=passed)
+    items[:] = sorted((item for item in items if before.get(item.nodeid) != "passed"), key=turn)
 
 
 @pytest.hookimpl(wrapper=True)

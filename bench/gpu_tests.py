@@ -184,15 +184,8 @@ def run(journal: Path, seconds: float, root: Path = ROOT, workers: int | None = 
 def command(journal: Path, until: float, root: Path = ROOT, workers: int | None = None) -> list[str]:
     """pytest with the plugin; until: the time at which to end."""
     options = [
-        *(
-            "-c",
-            str(root / "pyproject.toml"),
-            "-q",
-            "--tb=short",
-            "--disable-warnings",
-            "-p",
-            "no:cacheprovider",
-        ),
+        *("-c", str(root / "pyproject.toml"), "-p", "no:cacheprovider"),
+        *("-q", "--tb=short", "--disable-warnings"),
         *("-p", "undivided.bench.gpu_plugin", "--gpu-journal", str(journal), "--gpu-until", str(until)),
         *("--continue-on-collection-errors", "-m", "not full and not compile"),
     ]
