@@ -32,6 +32,8 @@ def unsupported_reasons(inputs: Inputs, spec: AttentionSpec) -> list[str]:
     for name, head_dim in (("head_dim", q.shape[-1]), ("head_dim of v", v.shape[-1])):
         if head_dim > MAX_HEAD_DIM:
             reasons.append(f"{name} {head_dim} is larger than {MAX_HEAD_DIM}")
+        if head_dim % 8:
+            reasons.append(f"{name} {head_dim} is no multiple of 8: no box can be written to such rows")
     if padded(q.shape[-1]) != padded(v.shape[-1]):
         reasons.append(
             f"head_dim {q.shape[-1]} and head_dim of v {v.shape[-1]} need tiles of different sizes"
