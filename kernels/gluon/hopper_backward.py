@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .. import descriptors
 from .. import sinks as attention_sinks
 from ..hopper import padded
 from ..spec import AttentionSpec, Gradients, Inputs, Needs, like
@@ -248,6 +249,8 @@ def attention_backward(
     The sum of dq is in float32, one tensor of q's shape.
     """
     q, k, v, sinks = inputs.q, inputs.k, inputs.v, inputs.sinks
+    if not descriptors.is_laid_out(dout):
+        dout = dout.clone(memory_format=torch.contiguous_format)
     offset, delta = row_statistics(dout, dlse, out, lse, inputs, spec)
     dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     dk, dv = like(k, k.shape[3]), like(v, v.shape[3])
