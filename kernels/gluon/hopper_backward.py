@@ -27,6 +27,7 @@ from .. import sinks as attention_sinks
 from ..hopper import padded
 from ..spec import AttentionSpec, Gradients, Inputs, Needs, like
 from ..triton.backward import row_statistics
+from ..triton.launch import positive_scale
 from . import compat, positions
 from .config import BACKWARD, KEYS, REGISTERS, BackwardTile
 from .hopper_forward import bounds_of
@@ -292,7 +293,7 @@ def backward_launch(
         "dq_desc": Tile(dq_sum, (1, 1, tile.block_q, head_dim // 2)),
         "dk_desc": Tile(dk, group_keys),
         "dv_desc": Tile(dv, group_keys),
-        "unit": spec.scale * LOG2E,
+        "unit": positive_scale(spec.scale) * LOG2E,
         "scale": spec.scale,
         "seqlen_q": seqlen_q,
         "seqlen_k": seqlen_k,
