@@ -73,7 +73,7 @@ def test_what_does_not_build_is_tried_and_mentioned_once(
     """A compiler's error that reaches the user of "auto", or one that is waited for at every call."""
     kernel = Broken(error)
     monkeypatch.setattr(forward, "_forward_kernel", kernel)
-    with pytest.warns(RuntimeWarning, match="triton could not build a kernel, the fallback runs instead"):
+    with pytest.warns(RuntimeWarning, match="triton could not build a kernel, fallback runs instead"):
         out = attend()
     assert torch.equal(out, attend(impl="fallback"))
     with warnings.catch_warnings():
