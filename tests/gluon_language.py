@@ -94,6 +94,7 @@ def warp_specialize(functions: Sequence[Function], warps: Sequence[int], registe
         for number, ((function, arguments), n_warps) in enumerate(zip(functions[1:], warps), 1)
     ]
     (function, arguments), *_ = functions
+    scheduler.current.name = f"{function.__name__} 0"
     result = function(*arguments)
     scheduler.pause(lambda: all(worker.finished for worker in workers), lambda: "its workers")
     return result

@@ -24,8 +24,7 @@ def simulated_hopper(seed: object = 0, edits: Sequence[Edit] = ()) -> Iterator[l
 
     def run(launch: HopperLaunch, device: torch.device) -> None:
         launched.append(launch.kernel.fn.__name__)
-        own = [edit for edit in edits if edit.module != _OTHER[launch.kernel.fn.__name__]]
-        simulate(launch, seed, own)
+        simulate(launch, seed, edits)
 
     with (
         mock.patch.object(hopper, "machine_reasons", return_value=()),
@@ -34,13 +33,9 @@ def simulated_hopper(seed: object = 0, edits: Sequence[Edit] = ()) -> Iterator[l
         yield launched
 
 
-_OTHER = {"_forward_kernel": "hopper_backward", "_backward_kernel": "hopper_forward"}
-"""Which module's edits a kernel need not have."""
-
-
-def attend(problem: Problem, seed: object = 0, edits: Sequence[Edit] = ()) -> Results:
+def attend(problem: Problem, seed: object = 0) -> Results:
     """Everything that the kernels compute for one problem."""
-    with simulated_hopper(seed, edits):
+    with simulated_hopper(seed):
         return evaluate(ours("gluon"), problem._replace(want=("lse", "max_logit", "entropy")))
 
 

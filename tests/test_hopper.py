@@ -14,13 +14,14 @@ from torch import Tensor
 pytest.importorskip("triton.experimental.gluon", reason="the kernels are written in it")
 
 from simulated_hopper import attend, is_taken, is_taken_backward, simulated_hopper
-
 from undivided import attention
 from undivided.conformance.budget import assert_within_budget
 from undivided.conformance.cases import CASES, Case, Problem
 from undivided.conformance.evaluation import expected
 from undivided.conformance.memory import CANARIES, Watch, poisoned_allocations
 from undivided.conformance.oracle import Oracle, Results
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU Triton does not interpret")
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 
