@@ -161,20 +161,20 @@ def findings(
 ) -> list[evidence.Evidence]:
     """Which implementations ran natively on this kind of GPU.
 
-    All that were tested, once every test has passed; kernels, too, once every question of conformance has.
-    A failure in either leaves them without.
+    Those that were tested, once every test that concerns them has passed; kernels, too, once every question
+    of conformance has. A failure in either leaves them without.
     """
     status_of = {outcome.name: outcome.status for outcome in outcomes}
-    is_tested = standing.complete and not standing.failed
     found = []
     for implementation in IMPLEMENTATIONS:
         checked = [status_of.get(task.name) for task in checks(implementation)]
+        is_tested = standing.left is not None and not any(
+            gpu_tests.concerns(test, implementation) for test in standing.left
+        )
         ran = is_tested and any(gpu_tests.speaks_of(test, implementation) for test in standing.passed)
         answered = bool(checked) and all(status == "passed" for status in checked)
         wrong = "failed" in checked or any(
-            gpu_tests.speaks_of(verdict.test, implementation)
-            or not any(gpu_tests.speaks_of(verdict.test, name) for name in IMPLEMENTATIONS)
-            for verdict in standing.failed
+            gpu_tests.concerns(verdict.test, implementation) for verdict in standing.failed
         )
         if (ran or answered) and not wrong:
             triton = where["triton"] if implementation in gpu_tests.KERNELS else None

@@ -54,14 +54,14 @@ def pytest_configure_node(node: Any) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What has not passed: kernels first, and last what was asked before; else as chance has it.
+    """What has not passed: what concerns kernels first, last what was asked before; else as chance has it.
 
     An early end then is a fair sample.
     """
     before = config.stash[_BEFORE]
 
     def turn(item: pytest.Item) -> tuple[bool, bool, int]:
-        is_kernel = any(gpu_tests.speaks_of(item.nodeid, name) for name in gpu_tests.KERNELS)
+        is_kernel = any(gpu_tests.concerns(item.nodeid, name) for name in gpu_tests.KERNELS)
         return item.nodeid in before, not is_kernel, zlib.crc32(item.nodeid.encode())
 
     passed = [item for item in items if before.get(item.nodeid) == "passed"]

@@ -160,6 +160,12 @@ def speaks_of(test: str, implementation: str) -> bool:
     return implementation in test
 
 
+def concerns(test: str, implementation: str) -> bool:
+    """Whether that test must have passed before anything is said of that implementation: it speaks of it, or
+    of none."""
+    return speaks_of(test, implementation) or not any(speaks_of(test, name) for name in IMPLEMENTATIONS)
+
+
 def proceed(journal: Journal, seconds: float) -> Standing:
     """Ask, within `seconds`, what has not passed yet."""
     standing = journal.standing()

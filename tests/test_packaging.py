@@ -88,7 +88,7 @@ KERNELS = {
     "call_flags": set(),
     "explain_command": {"explain", "call_flags"},
     "triton": {"descriptors", "evidence"},
-    "gluon": {"hopper", "triton"},
+    "gluon": {"descriptors", "hopper", "triton"},
     "descriptors": set(),
     "hopper": {"descriptors"},
 }
