@@ -55,10 +55,9 @@ def _blocks(function: Function) -> list[_Block]:
     at = {block.start: k for k, block in enumerate(blocks)}
     for k, block in enumerate(blocks):
         last = code[block.end]
-        if last.base in ("BRA", "JMP"):
-            target = at.get(function.labels.get(last.branch_target or "", -1))
-            if target is not None:
-                block.successors.append(target)
+        if last.base in ("BRA", "JMP", "BRX"):
+            starts_of = (at.get(function.labels.get(target, -1)) for target in last.branch_targets)
+            block.successors += [target for target in starts_of if target is not None]
         if (last.base not in _LEAVES or last.conditional) and k + 1 < len(blocks):
             block.successors.append(k + 1)
     for k, block in enumerate(blocks):

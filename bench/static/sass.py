@@ -16,6 +16,7 @@ _INSTRUCTION = re.compile(
     r"^\s*/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Z0-9_]*(?:\.[\w.]+)?)\s*(.*?)\s*;"
 )
 _BRANCH_TARGET = re.compile(r"`\((\.[\w$.]+)\)")
+_TABLE_OF_TARGETS = re.compile(r'"BRANCH_TARGETS ([\w$.,]+)"')
 _SCHEDULING = re.compile(r"[&?]\w+(=\{[\d,]*\}|=\S+)?")
 
 
@@ -36,10 +37,10 @@ class Instruction:
         return bool(self.predicate) or bool(re.match(r"!?U?P\d", self.operands))
 
     @property
-    def branch_target(self) -> str | None:
-        """The label a branch names."""
-        found = _BRANCH_TARGET.search(self.operands)
-        return found.group(1) if found else None
+    def branch_targets(self) -> list[str]:
+        """The labels a branch names: one, or a table of them for an indirect one (BRX)."""
+        table = _TABLE_OF_TARGETS.search(self.operands)
+        return table.group(1).split(",") if table else _BRANCH_TARGET.findall(self.operands)
 
 
 @dataclass(frozen=True)
