@@ -39,6 +39,8 @@ def test_sample_of_the_shipped_kernels_passes_its_gates(tmp_path: Path) -> None:
     kernels = json.loads((tmp_path / "figures.json").read_text())["kernels"]
     assert {"forward", "row_statistics", "dkdv", "dq", "dbias"} <= {row["kernel"] for row in kernels}
     assert {"sm_80", "sm_90", "sm_100", "gfx942"} <= {row["architecture"] for row in kernels}
+    of_gluon = {row["kernel"] for row in kernels if row["variant"]["implementation"] == "gluon"}
+    assert of_gluon == {"forward", "backward"}
 
 
 KEYS = """

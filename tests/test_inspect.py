@@ -178,7 +178,7 @@ def test_a_mix_that_lacks_something_is_seen(loop: Loop, file: Path, tmp_path: Pa
     with pytest.raises(ValueError, match="a mix of"):
         replace(loop, mix=loop.mix | {"exp2": loop.mix["exp2"] + 1})
     content = json.loads(file.read_text())
-    del content["kernels"][0]["figures"]["main_loop"]["mix"]["exp2"]
+    del content["kernels"][0]["figures"]["loops"][0]["mix"]["exp2"]
     broken = tmp_path / "broken.json"
     broken.write_text(json.dumps(content))
     with pytest.raises(document.DocumentError, match="a mix of"):

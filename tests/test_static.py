@@ -63,6 +63,42 @@ def test_loop_with_a_nested_wait_is_one_hot_loop() -> None:
     assert function.instructions[2].operands == "P0, [UR4], R5"  # without the scheduling notes
 
 
+PARTS = """
+\t.section\t.text.k,"ax",@progbits
+.text.k:
+        /*0000*/              @P0  BRA `(.L_x_2) ;
+        /*0010*/                   EXIT ;
+.L_x_1:
+        /*0020*/                   MOV R2, R3 ;
+.L_x_2:
+        /*0030*/                   BRX R2 -0x30                 (*"BRANCH_TARGETS .L_x_1,.L_x_3"*) ;
+.L_x_3:
+        /*0040*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0 ;
+        /*0050*/              @!P0 BRA `(.L_x_3) ;
+        /*0060*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], RZ, !UPT ;
+        /*0070*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR4], R5 ;
+        /*0080*/              @!P1 BRA `(.L_x_6) ;
+.L_x_4:
+        /*0090*/                   MUFU.EX2 R3, R3 ;
+.L_x_5:
+        /*00a0*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], R24 ;
+        /*00b0*/              @P1  BRA `(.L_x_5) ;
+        /*00c0*/                   BRA `(.L_x_1) ;
+.L_x_6:
+        /*00d0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR4], R5 ;
+        /*00e0*/              @!P1 BRA `(.L_x_6) ;
+        /*00f0*/                   BRA `(.L_x_4) ;
+"""
+
+
+def test_the_part_of_a_warp_is_reached_through_a_table() -> None:
+    """Warps with parts of their own branch by a table: unread, what is no loop would be taken for one."""
+    (function,) = sass.parse(PARTS)
+    assert function.instructions[3].branch_targets == [".L_x_1", ".L_x_3"]
+    (iteration,) = hot_loops(function)
+    assert [ins.base for ins in iteration] == ["HGMMA", "BRA"]
+
+
 @pytest.mark.parametrize(
     ("op", "flops"),
     [
@@ -161,17 +197,16 @@ GOOD = report.Figures(
     num_stages=2,
     ctas_per_sm=1,
     matrix=("HGMMA",),
-    main_loop=report.Loop(500, MIX, 2**20, slots=8.0, shared_bytes=0.0, exp2_under_product=0),
+    loops=(report.Loop(500, MIX, 2**20, slots=8.0, shared_bytes=0.0, exp2_under_product=0),),
     work=None,
 )
 
 
 def missed(**changes: Any) -> list[str]:
-    assert GOOD.main_loop is not None
     loop = dataclasses.replace(
-        GOOD.main_loop, **{name: changes.pop(name) for name in ("slots", "mix") if name in changes}
+        GOOD.loops[0], **{name: changes.pop(name) for name in ("slots", "mix") if name in changes}
     )
-    figures = dataclasses.replace(GOOD, main_loop=loop, **changes)
+    figures = dataclasses.replace(GOOD, loops=(loop,), **changes)
     return list(gates.failures(report.Row("sm_90", "forward", VARIANT, figures, triton="3.6.0")))
 
 
@@ -202,8 +237,8 @@ def recorded_row(**changes: Any) -> report.Row:
     """The plain forward as it was recorded, with changes."""
     version, entries = record.recorded()
     entry = entries["sm_90", "forward", VARIANT]
-    loop = dataclasses.replace(GOOD.main_loop, slots=changes.pop("slots", 1.0) * entry.slots)
-    figures = dataclasses.replace(GOOD, main_loop=loop, **changes)
+    loop = dataclasses.replace(GOOD.loops[0], slots=changes.pop("slots", 1.0) * entry.slots)
+    figures = dataclasses.replace(GOOD, loops=(loop,), **changes)
     return report.Row("sm_90", "forward", VARIANT, figures, triton=version)
 
 
@@ -237,7 +272,7 @@ def test_what_was_recorded_is_what_is_read(tmp_path: Path, monkeypatch: pytest.M
     """A record that its own rows differ from."""
     rows = [recorded_row(slots=1.2345), dataclasses.replace(recorded_row(), architecture="sm_80")]
     rows = [dataclasses.replace(row, triton=triton.__version__) for row in rows]
-    without_a_loop = dataclasses.replace(GOOD, main_loop=None)
+    without_a_loop = dataclasses.replace(GOOD, loops=())
     monkeypatch.setattr(record, "_FILE", tmp_path / "record.json")
     try:
         record.write([*rows, report.Row("sm_90", "row_statistics", VARIANT, without_a_loop)])

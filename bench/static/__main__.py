@@ -31,7 +31,7 @@ FIGURES = (
         "matrix",
         "slots per score",
     ),
-    *("loop: exp2", "loop: ffma"),
+    *("loop: exp2", "loop: ffma", "exp2 under wgmma", "bytes spilled"),
 )
 
 
@@ -83,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     missed_rows = sum(map(bool, misses))
     print(f"triton {triton.__version__}: {len(rows)} kernels, {missed_rows} miss a gate")
+    listened = [row.figures.assembly for row in rows if row.figures and row.figures.assembly]
+    for assembler in sorted({assembly.assembler for assembly in listened}):
+        print(f"gluon kernels: assembled by {assembler}")
     print(record.said(rows))
     if options.json:
         options.json.write_text(document.written(rows, missed=misses))
@@ -101,13 +104,12 @@ def compile_all(cases: Sequence[tuple[str, Variant]], jobs: int) -> list[Row]:
 
 
 def note_evidence(rows: Sequence[Row]) -> None:
-    """Note the architectures of which every kernel compiled and fits."""
-    architectures = {row.architecture for row in rows}
-    failed = {row.architecture for row in rows if row.figures is None}
+    """Note the implementations and architectures of which every kernel compiled."""
+    tried = {(row.variant.implementation, row.architecture) for row in rows}
+    failed = {(row.variant.implementation, row.architecture) for row in rows if row.figures is None}
     source = "python -m undivided.bench.static --full"
     evidence.record(
-        evidence.Evidence("triton", name, triton.__version__, "compiled", source)
-        for name in architectures - failed
+        evidence.Evidence(*what, triton.__version__, "compiled", source) for what in tried - failed
     )
 
 

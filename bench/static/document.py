@@ -10,6 +10,7 @@ from typing import Any
 
 import triton
 
+from .assembly import Assembly
 from .model import Work
 from .report import Figures, Loop, Row, Variant
 
@@ -59,11 +60,12 @@ def _row(kernel: dict[str, Any]) -> Row:
 
 def figures_of(given: dict[str, Any]) -> Figures:
     """What dataclasses.asdict made of them, back from JSON, which knows no tuples."""
-    tile, work, loop = given["tile"], given["work"], given["main_loop"]
+    tile, work, assembly = given["tile"], given["work"], given["assembly"]
     restored = {
         "tile": tile and tuple(tile),
         "matrix": tuple(given["matrix"]),
+        "loops": tuple(Loop(**loop) for loop in given["loops"]),
         "work": work and Work(*work),
-        "main_loop": loop and Loop(**loop),
+        "assembly": assembly and Assembly(assembly[0], assembly[1], tuple(assembly[2])),
     }
     return Figures(**given | restored)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from . import hopper
 from .model import PRODUCTS
 from .report import Row
 from .targets import TARGETS
@@ -42,6 +43,9 @@ def failures(row: Row) -> Iterator[str]:
         return
     if figures.matrix != (target.matrix_instruction,):
         yield f"matrix instructions {figures.matrix}, must be {target.matrix_instruction} alone"
+    if variant.implementation == "gluon":
+        yield from hopper.failures(row)
+        return
     if variant.options == "all":  # all at once: it has to fit
         return
     watched = row.architecture in ("sm_80", "sm_90") and variant.head_dim in (64, 128)

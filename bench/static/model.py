@@ -11,8 +11,15 @@ from typing import NamedTuple
 
 # Matrix products per score: as long as head_dim (q·kᵀ, and what gives dq and dk), as long as head_dim_v
 # (p·v, dout·vᵀ, and what gives dv). Above some head_dim dk and dv have a launch each.
-PRODUCTS = {"forward": (1, 1), "dkdv": (2, 2), "dk": (2, 1), "dv": (1, 1), "dq": (2, 1)}
-LOADS_QUERIES = ("dkdv", "dk", "dv")
+PRODUCTS = {
+    "forward": (1, 1),
+    "dkdv": (2, 2),
+    "dk": (2, 1),
+    "dv": (1, 1),
+    "dq": (2, 1),
+    "backward": (3, 2),  # all of these at once
+}
+LOADS_QUERIES = ("dkdv", "dk", "dv", "backward")
 """Kernels whose programs keep keys and load query tiles; the others keep queries and load keys."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import triton
 
 from . import model
+from .assembly import Assembly
 from .in_flight import exp2_under_product
 from .instructions import MATRIX, PIPES, classify, product_of, shared_bytes
 from .loops import hot_loops
@@ -64,8 +65,18 @@ class Figures:
     num_stages: int
     ctas_per_sm: int | None
     matrix: tuple[str, ...]  # kinds of matrix instruction: HGMMA, HMMA, UTCHMMA, v_mfma
-    main_loop: Loop | None  # the unmasked one: most matrix work, then fewest other instructions
+    loops: tuple[Loop, ...]  # the hot ones; none where loops are not looked into
     work: Work | None
+    assembly: Assembly | None = None  # where the assembler was listened to
+
+    @property
+    def main_loop(self) -> Loop | None:
+        """The unmasked one: most matrix work, then fewest other instructions."""
+        return min(
+            self.loops,
+            key=lambda loop: (-loop.matrix_flops, -loop.count("matrix"), loop.instructions),
+            default=None,
+        )
 
 
 @dataclass(frozen=True)
@@ -75,9 +86,11 @@ class Variant:
     head_dim: int
     dtype: str
     options: str  # a key of variants.OPTIONS, or the options of a call by name
+    implementation: str = "triton"  # or "gluon"
 
     def __str__(self) -> str:
-        return f"{self.dtype} d{self.head_dim} {self.options}"
+        of = "" if self.implementation == "triton" else f"{self.implementation} "
+        return f"{of}{self.dtype} d{self.head_dim} {self.options}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,13 @@ class Row:
 
     @property
     def bound(self) -> Bound | None:
-        """What bounds the main loop, by the model, as far as the figures for it are known."""
+        """What bounds the main loop, by the model, as far as the figures for it are known.
+
+        Not where warps have parts of their own (gluon): what the model says of overlap is of warps that all
+        do the same.
+        """
+        if self.variant.implementation != "triton":
+            return None
         figures, loop = self.figures, self.main_loop
         issued = None if loop is None else loop.issued
         if figures is None or issued is None or figures.work is None or not figures.ctas_per_sm:
@@ -106,14 +125,16 @@ class Row:
         return model.bound(self.architecture, figures.work, issued, figures.ctas_per_sm, figures.num_stages)
 
 
-def figures(kernel: Any, target: Target, work: Work | None = None) -> Figures:
-    """Read a CompiledKernel. Its work turns counts into slots per score; attention's own need not be told."""
-    tile, work = _tile(kernel), work or _work(kernel)
+def figures(
+    kernel: Any, target: Target, work: Work | None = None, tile: tuple[int, int] | None = None
+) -> Figures:
+    """Read a CompiledKernel. Its work turns counts into slots per score; the Triton kernels tell theirs."""
+    tile, work = tile or _tile(kernel), work or _work(kernel)
     if target.triton.backend == "hip":
         return _amd(kernel, tile, work)
     function, registers = disassemble(kernel.asm["cubin"])
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
-    loops = [loop_figures(path, work and work.flops) for path in hot_loops(function)]
+    loops = tuple(loop_figures(path, work and work.flops) for path in hot_loops(function))
     return Figures(
         tile=tile,
         registers=registers,
@@ -124,11 +145,7 @@ def figures(kernel: Any, target: Target, work: Work | None = None) -> Figures:
         num_stages=kernel.metadata.num_stages,
         ctas_per_sm=target.ctas_per_sm(warps, registers, shared),
         matrix=tuple(sorted({ins.base for ins in function.instructions if ins.base in MATRIX})),
-        main_loop=min(
-            loops,
-            key=lambda loop: (-loop.matrix_flops, -loop.count("matrix"), loop.instructions),
-            default=None,
-        ),
+        loops=loops,
         work=work,
     )
 
@@ -148,28 +165,40 @@ def loop_figures(path: Sequence[Instruction], flops_per_score: float | None) -> 
     )
 
 
+def name_of(function: Any) -> str:
+    """What a kernel is called here, of the @triton.jit function that it is made of."""
+    return str(function.__name__).strip("_").removesuffix("_kernel")
+
+
 def kernel_name(kernel: Any) -> str:
     """ "forward", "dkdv", ...; "dk" and "dv" where each has a launch of its own."""
-    name = str(kernel.src.fn.__name__).strip("_").removesuffix("_kernel")
-    constants = _constants(kernel)
+    name = name_of(kernel.src.fn)
+    constants = constants_of(kernel)
     alone = [half for half, other in (("dk", "dv"), ("dv", "dk")) if constants.get(f"{other}_ptr", 0) is None]
     return alone[0] if name == "dkdv" and alone else name
 
 
-def _constants(kernel: Any) -> dict[str, Any]:
+def root_cause(error: BaseException) -> str:
+    """The last line of the innermost error: Triton's outer ones quote source code."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+
+
+def constants_of(kernel: Any) -> dict[str, Any]:
     """What the compiler was told, by parameter: sizes of tiles, and None for what a call lacks."""
     names = kernel.src.fn.arg_names
     return {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
 
 
 def _tile(kernel: Any) -> tuple[int, int] | None:
-    constants = _constants(kernel)
+    constants = constants_of(kernel)
     block_q, block_k = constants.get("BLOCK_Q"), constants.get("BLOCK_K")
     return None if block_q is None or block_k is None else (block_q, block_k)
 
 
 def _work(kernel: Any) -> Work | None:
-    constants, tile = _constants(kernel), _tile(kernel)
+    constants, tile = constants_of(kernel), _tile(kernel)
     if tile is None or "HEAD_DIM" not in constants:
         return None
     element_size = int(re.sub(r"\D", "", kernel.src.signature["q_ptr"])) // 8  # "*bf16"
@@ -196,6 +225,6 @@ def _amd(kernel: Any, tile: tuple[int, int] | None, work: Work | None) -> Figure
         num_stages=kernel.metadata.num_stages,
         ctas_per_sm=None,
         matrix=("v_mfma",) if "v_mfma" in text else (),
-        main_loop=None,
+        loops=(),
         work=work,
     )

@@ -26,6 +26,10 @@ def described(row: Row) -> dict[str, str]:
     said["warps x stages"] = figures and f"{figures.num_warps} x {figures.num_stages}"
     said["registers"] = figures and figures.registers
     said["spills (in loops)"] = figures and f"{figures.spills} ({_or_unknown(figures.spills_in_loops)})"
+    assembly = figures and figures.assembly
+    said["bytes spilled"] = assembly and assembly.spilled
+    said["serialised"] = assembly and " ".join(assembly.serialised)
+    said["assembler"] = assembly and assembly.assembler
     said["shared KiB"] = figures and f"{figures.shared / 1024:.0f}"
     said["CTAs/SM"] = figures and figures.ctas_per_sm
     said["matrix"] = figures and " ".join(figures.matrix)

@@ -14,8 +14,9 @@ from ...kernels.biases import ALiBi
 from ...kernels.options import make_spec
 from ...kernels.triton import attention_backward, attention_forward
 from ...kernels.validation import make_inputs
+from . import hopper
 from .absent_gpu import absent_gpu
-from .report import Row, Variant, figures, kernel_name
+from .report import Row, Variant, figures, kernel_name, root_cause
 from .targets import TARGETS
 
 BATCH, HEADS_Q, HEADS_KV, SEQLEN = 2, 8, 2, 2048
@@ -76,7 +77,7 @@ def full() -> list[tuple[str, Variant]]:
         *itertools.product((64, 128), ("float16",), ("plain",)),
         *itertools.product((64, 128), ("float32",), ("plain", "all")),
     ]
-    return [(name, Variant(*case)) for name in TARGETS for case in cases]
+    return [*((name, Variant(*case)) for name in TARGETS for case in cases), *hopper.full()]
 
 
 def sample() -> list[tuple[str, Variant]]:
@@ -90,11 +91,14 @@ def sample() -> list[tuple[str, Variant]]:
         ("sm_100", plain[1]),
         ("sm_120", plain[1]),
         ("gfx942", plain[1]),
+        *hopper.sample(),
     ]
 
 
 def compile_variant(architecture: str, variant: Variant) -> list[Row]:
     """Compile the kernels of a forward and a backward; one row each, and one for an error."""
+    if variant.implementation == "gluon":
+        return [hopper.compile_launch(launch, variant) for launch in hopper.launches(variant)]
     return compiled(architecture, variant, lambda: call(variant))
 
 
@@ -106,19 +110,12 @@ def compiled(architecture: str, variant: Variant, run: Callable[[], object], nam
         try:
             run()
         except Exception as reason:  # whatever the compiler raises is what the row reports
-            error = _root_cause(reason)
+            error = root_cause(reason)
     kernels = [launch.kernel for launch in launches]
     rows = [Row(architecture, kernel_name(x), variant, figures(x, target)) for x in kernels]
     if error is not None:
         rows.append(Row(architecture, name or f"after {len(rows)} kernels", variant, None, error))
     return rows
-
-
-def _root_cause(error: BaseException) -> str:
-    """The last line of the innermost error: Triton's outer ones quote source code."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
 
 
 def call(variant: Variant) -> None:

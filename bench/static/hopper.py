@@ -1,0 +1,133 @@
+"""The Hopper kernels of `gluon` in the lane: which variants are compiled, and what must be true of each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels import spec as contract
+from ...kernels.gluon import config
+from ...kernels.gluon.hopper_backward import backward_launch
+from ...kernels.gluon.hopper_forward import GROUP_ROWS, forward_launch
+from ...kernels.gluon.launch import HopperLaunch
+from ...kernels.options import make_spec
+from ...kernels.validation import make_inputs
+from . import model
+from .absent_gpu import absent_gpu
+from .assembly import listening
+from .report import Row, Variant, figures, name_of, root_cause
+from .targets import TARGETS
+
+ARCHITECTURE = "sm_90"
+BATCH, HEADS_Q, HEADS_KV, SEQLEN = 2, 8, 2, 2048
+WARPS_OF_A_GROUP = 4
+
+SPILLED = {
+    ("forward", 64, "plain"): 16,
+    ("forward", 64, "causal"): 36,
+    ("forward", 64, "window"): 140,
+    ("forward", 64, "all"): 124,
+    ("backward", 128, "plain"): 68,
+    ("backward", 128, "causal"): 136,
+    ("backward", 128, "window"): 368,
+    ("backward", 128, "all"): 368,
+}
+"""(kernel, head_dim, options) -> bytes that it may spill, where 0 will not do: the most that it spills under
+Triton 3.6.0 with ptxas 12.8 or 13.4, and under 3.9.0 with ptxas 13.4."""
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+OPTIONS: dict[str, contract.AttentionOptions] = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window": (512, 0)},
+    "all": {"window": (512, 0), "sinks": _tensor(HEADS_Q)},  # and max_logit
+}
+
+
+def full() -> list[tuple[str, Variant]]:
+    """Everything that ships."""
+    cases = [
+        *itertools.product(config.FORWARD, ("bfloat16",), OPTIONS),
+        *itertools.product(config.FORWARD, ("float16",), ("plain",)),
+    ]
+    return [(ARCHITECTURE, Variant(*case, implementation="gluon")) for case in cases]
+
+
+def sample() -> list[tuple[str, Variant]]:
+    """What a change is checked with."""
+    cases = itertools.product((64, 128), ("bfloat16",), ("plain", "causal"))
+    return [(ARCHITECTURE, Variant(*case, implementation="gluon")) for case in cases]
+
+
+def launches(
+    variant: Variant, forward: config.ForwardTile | None = None, backward: config.BackwardTile | None = None
+) -> list[HopperLaunch]:
+    """Of a forward and, where it has a kernel, of a backward, on tensors without data.
+
+    forward, backward: tiles; None takes the table's.
+    """
+    dtype = getattr(torch, variant.dtype)
+    q, out, dout = (_tensor(BATCH, HEADS_Q, SEQLEN, variant.head_dim, dtype=dtype) for _ in range(3))
+    k, v, dk, dv = (_tensor(BATCH, HEADS_KV, SEQLEN, variant.head_dim, dtype=dtype) for _ in range(4))
+    lse, max_logit, offset, delta = (_tensor(BATCH, HEADS_Q, SEQLEN) for _ in range(4))
+    options: contract.AttentionOptions = {**contract.DEFAULTS, **OPTIONS[variant.options]}
+    inputs = make_inputs(q, k, v, options)
+    spec = make_spec(variant.head_dim, options, top_left=False, tf32=False)
+    maximum = max_logit if variant.options == "all" else None
+    made = [forward_launch(inputs, spec, out, lse, forward, maximum)]
+    if variant.head_dim in config.BACKWARD:
+        dq_sum = torch.empty_like(q, dtype=torch.float32)
+        made.append(backward_launch(dout, offset, delta, inputs, spec, dq_sum, dk, dv, backward))
+    return made
+
+
+def compile_launch(launch: HopperLaunch, variant: Variant) -> Row:
+    """Compile one kernel, and listen to the assembler."""
+    target, name = TARGETS[ARCHITECTURE], name_of(launch.kernel)
+    launch.kernel.device_caches.clear()  # what this process has compiled would not be assembled again
+    try:
+        with absent_gpu(target) as launched, listening(target.triton.arch) as said:
+            launch.start()
+    except Exception as reason:  # whatever the compiler raises is what the row reports
+        return Row(ARCHITECTURE, name, variant, None, root_cause(reason))
+    tile = _tile(launch.constants)
+    work = model.work(name, variant.head_dim, variant.head_dim, tile)
+    found = figures(launched[0].kernel, target, work, tile)
+    return Row(ARCHITECTURE, name, variant, replace(found, assembly=said[launch.kernel.__name__]))
+
+
+def _tile(constants: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and keys that all groups together work on in one round."""
+    if "GROUPS" in constants:
+        return GROUP_ROWS.value * constants["GROUPS"], constants["BLOCK_K"]
+    return constants["BLOCK_Q"], config.KEYS
+
+
+def failures(row: Row) -> Iterator[str]:
+    """Every gate of these kernels that the row misses, beside those of all kernels."""
+    found = row.figures
+    if found is None or found.assembly is None or found.tile is None or found.work is None:
+        raise ValueError(f"{row.kernel} {row.variant} was not compiled by compile_launch")
+    assembler, spilled, serialised = found.assembly
+    if serialised:
+        yield f"products wait for each other: {' '.join(serialised)} of {assembler}"
+    limit = SPILLED.get((row.kernel, row.variant.head_dim, row.variant.options), 0)
+    if spilled > limit:
+        yield f"{spilled} bytes spilled, at most {limit}"
+    computed = WARPS_OF_A_GROUP * sum(loop.matrix_flops for loop in found.loops)
+    useful = found.tile[0] * found.tile[1] * found.work.flops
+    if computed != useful:
+        yield f"{computed:.0f} FLOPs in the main loops of all groups, {useful:.0f} are useful"
+    exp2 = sum(loop.count("exp2") for loop in found.loops)
+    under = sum(loop.exp2_under_product or 0 for loop in found.loops)
+    if under != exp2 or not exp2:
+        yield f"{under} of {exp2} exponentials lie under a product"
