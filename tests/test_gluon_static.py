@@ -174,6 +174,26 @@ def test_each_gate_catches_its_fault(
         assert words in sentence
 
 
+@pytest.mark.compile
+def test_inspect_shows_them(rows: list[Row], tmp_path: Path) -> None:
+    """The same figures as the lane's, and heads narrower than their tile."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "undivided", "inspect", "--impl", "gluon", "--json", "figures.json"]
+    done = subprocess.run(
+        [*command, "--head-dim", "40"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gluon bfloat16 d40 plain" in done.stdout
+    inspected = document.read(tmp_path / "figures.json")[1]
+    assert [row.kernel for row in inspected] == ["forward", "backward"]
+    assert [row.figures for row in inspected] == [row.figures for row in rows]
+
+
 def test_a_kernel_of_which_nothing_is_known_is_no_pass() -> None:
     assert list(gates.failures(Row("sm_90", "forward", PLAIN, None, "OutOfResources: registers"))) == [
         "does not compile: OutOfResources: registers"

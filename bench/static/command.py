@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -21,14 +22,14 @@ from ...kernels.spec import Needs
 if TYPE_CHECKING:  # what imports triton is imported once it is known to be there
     from .report import Row
 
-KERNELS = ("forward", "dkdv", "dq", "dbias")
+KERNELS = {"triton": ("forward", "dkdv", "dq", "dbias"), "gluon": ("forward", "backward")}
 NO_TRITON = "triton is not installed: it compiles the kernels; on Linux, pip install triton"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser the options of the command."""
     parser.description = (
-        "Compile the Triton kernels of a call of undivided.attention for GPUs that need not be there, and "
+        "Compile the kernels of a call of undivided.attention for GPUs that need not be there, and "
         "say what the compiler made of them: registers, spills, what the hot loop issues, and what bounds "
         "it by a simple model. Compiler output and a model, not a speed. Takes 5 to 10 seconds a kernel. "
         "Exit status: 0, 1 if a kernel does not compile, 2 for wrong input."
@@ -37,7 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arch", nargs="+", default=["sm_90"], metavar="ARCH", help="sm_80 ... sm_120, gfx942 (sm_90)"
     )
     parser.add_argument(
-        "--kernel", nargs="+", choices=KERNELS, help="(forward dkdv dq, and dbias where there is a --bias)"
+        "--impl", choices=KERNELS, default="triton", help="gluon: the Hopper kernels, for sm_90 (triton)"
+    )
+    parser.add_argument(
+        "--kernel",
+        nargs="+",
+        choices=[*dict.fromkeys(itertools.chain(*KERNELS.values()))],
+        help="(triton: forward dkdv dq, and dbias where there is a --bias; gluon: forward backward)",
     )
     parser.add_argument(
         "--against",
@@ -76,8 +83,8 @@ def _inspect(given: argparse.Namespace) -> int:
     call = Call.of(given)
     _check(given, call)
     before = {path: against.earlier(path, call) for path in given.against if path.is_file()}
-    kernels = given.kernel or [name for name in KERNELS if name != "dbias" or call.bias is not None]
-    cases = [(architecture, kernel, call) for architecture in given.arch for kernel in kernels]
+    kernels = given.kernel or [x for x in KERNELS[given.impl] if x != "dbias" or call.bias is not None]
+    cases = [(architecture, kernel, call, given.impl) for architecture in given.arch for kernel in kernels]
     print(f"compiling, 5 to 10 s a kernel: {len(cases)} to go", file=sys.stderr)
     found = in_processes(compile_kernel, cases, given.jobs, lambda row: [row.error] if row.error else [])
     # Every kernel of a backward brings along the one that prepares it.
@@ -88,7 +95,7 @@ def _inspect(given: argparse.Namespace) -> int:
         show(*side_by_side(of_it), title=f"{architecture}, triton {of_it[0].triton}: {of_it[0].variant}")
     versions = [rows]
     if given.against:
-        asked = {"arch": given.arch, "kernel": given.kernel, "jobs": given.jobs}
+        asked = {name: getattr(given, name) for name in ("arch", "impl", "kernel", "jobs")}
         for path in given.against:
             versions.append(before[path] if path in before else against.under(path, asked, call))
         names = [f"{version[0].triton} ({path.name})" for version, path in zip(versions[1:], given.against)]
@@ -101,14 +108,19 @@ def _inspect(given: argparse.Namespace) -> int:
     return 1 if any(row.figures is None for version in versions for row in version) else 0
 
 
-def compile_kernel(architecture: str, kernel: str, call: Call) -> list[Row]:
+def compile_kernel(architecture: str, kernel: str, call: Call, impl: str) -> list[Row]:
     """The rows of one kernel of a call, and of what is launched before it."""
     from ...kernels.triton import attention_backward, attention_forward
-    from .report import Variant
+    from . import hopper
+    from .report import Variant, name_of
     from .variants import compiled
 
     q, k, v, options = call.tensors(_meta)
     inputs, spec = prepare(q, k, v, options)
+    variant = Variant(call.head_dim, call.dtype, call.options, impl)
+    if impl == "gluon":
+        asked = [launch for launch in hopper.launches_of(inputs, spec) if name_of(launch.kernel) == kernel]
+        return [hopper.compile_launch(launch, variant) for launch in asked]
 
     def run() -> None:
         if kernel == "forward":
@@ -120,7 +132,7 @@ def compile_kernel(architecture: str, kernel: str, call: Call) -> list[Row]:
         needs = Needs(kernel == "dq", of_keys, of_keys, kernel == "dbias")
         attention_backward(torch.empty_like(out), None, out, lse, inputs, spec, needs)
 
-    return compiled(architecture, Variant(call.head_dim, call.dtype, call.options), run, kernel)
+    return compiled(architecture, variant, run, kernel)
 
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -131,7 +143,7 @@ def _check(given: argparse.Namespace, call: Call) -> None:
     """Everything that can be wrong, before anything is compiled."""
     from triton import knobs
 
-    from . import against
+    from . import against, hopper
     from .targets import TARGETS
 
     if knobs.runtime.interpret:
@@ -139,6 +151,13 @@ def _check(given: argparse.Namespace, call: Call) -> None:
     for name in given.arch:
         if name not in TARGETS:
             raise ValueError(f"--arch must be of {', '.join(TARGETS)}, got {name!r}")
+        if given.impl == "gluon" and name != hopper.ARCHITECTURE:
+            raise ValueError(f"--impl gluon is for {hopper.ARCHITECTURE}, got --arch {name}")
+    for name in given.kernel or ():
+        if name not in KERNELS[given.impl]:
+            raise ValueError(
+                f"--kernel of {given.impl} must be of {', '.join(KERNELS[given.impl])}, got {name}"
+            )
     for name in ("batch", "heads", "heads_kv", "seqlen", "seqlen_k", "head_dim", "head_dim_v", "jobs"):
         size = getattr(given, name)
         if size is not None and size < 1:
@@ -149,7 +168,13 @@ def _check(given: argparse.Namespace, call: Call) -> None:
     if "dbias" in (given.kernel or ()) and call.bias is None:
         raise ValueError("--kernel dbias needs a --bias")
     q, k, v, options = call.tensors(_meta)
-    reasons = dispatch.unsupported_reasons("triton", *prepare(q, k, v, options))
+    inputs, spec = prepare(q, k, v, options)
+    if given.impl == "gluon":
+        reasons = hopper.unsupported_reasons(inputs, spec)
+        if "backward" in (given.kernel or ()) and len(hopper.launches_of(inputs, spec)) == 1:
+            reasons.append("its backward is that of triton")
+    else:
+        reasons = dispatch.unsupported_reasons("triton", inputs, spec)
     if reasons:
         raise ValueError(f"no kernel takes the call: {'; '.join(reasons)}")
     for path in given.against:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels import hopper as takes
 from ...kernels import spec as contract
 from ...kernels.gluon import config
 from ...kernels.gluon.hopper_backward import backward_launch
@@ -71,23 +72,40 @@ def sample() -> list[tuple[str, Variant]]:
 def launches(
     variant: Variant, forward: config.ForwardTile | None = None, backward: config.BackwardTile | None = None
 ) -> list[HopperLaunch]:
+    """`launches_of` a call that is such a variant."""
+    dtype = getattr(torch, variant.dtype)
+    q = _tensor(BATCH, HEADS_Q, SEQLEN, variant.head_dim, dtype=dtype)
+    k, v = (_tensor(BATCH, HEADS_KV, SEQLEN, variant.head_dim, dtype=dtype) for _ in range(2))
+    options: contract.AttentionOptions = {**contract.DEFAULTS, **OPTIONS[variant.options]}
+    inputs = make_inputs(q, k, v, options)
+    spec = make_spec(variant.head_dim, options, top_left=False, tf32=False)
+    return launches_of(inputs, spec._replace(want_max=variant.options == "all"), forward, backward)
+
+
+def launches_of(
+    inputs: contract.Inputs,
+    spec: contract.AttentionSpec,
+    forward: config.ForwardTile | None = None,
+    backward: config.BackwardTile | None = None,
+) -> list[HopperLaunch]:
     """Of a forward and, where it has a kernel, of a backward, on tensors without data.
 
     forward, backward: tiles; None takes the table's.
     """
-    dtype = getattr(torch, variant.dtype)
-    q, out, dout = (_tensor(BATCH, HEADS_Q, SEQLEN, variant.head_dim, dtype=dtype) for _ in range(3))
-    k, v, dk, dv = (_tensor(BATCH, HEADS_KV, SEQLEN, variant.head_dim, dtype=dtype) for _ in range(4))
-    lse, max_logit, offset, delta = (_tensor(BATCH, HEADS_Q, SEQLEN) for _ in range(4))
-    options: contract.AttentionOptions = {**contract.DEFAULTS, **OPTIONS[variant.options]}
-    inputs = make_inputs(q, k, v, options)
-    spec = make_spec(variant.head_dim, options, top_left=False, tf32=False)
-    maximum = max_logit if variant.options == "all" else None
-    made = [forward_launch(inputs, spec, out, lse, forward, maximum)]
-    if variant.head_dim in config.BACKWARD:
-        dq_sum = torch.empty_like(q, dtype=torch.float32)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse, max_logit, offset, delta = (_tensor(*q.shape[:3]) for _ in range(4))
+    made = [forward_launch(inputs, spec, out, lse, forward, max_logit if spec.want_max else None)]
+    if takes.has_backward(inputs, spec):
+        dout, dk, dv, dq_sum = out, torch.empty_like(k), torch.empty_like(v), _tensor(*q.shape)
         made.append(backward_launch(dout, offset, delta, inputs, spec, dq_sum, dk, dv, backward))
     return made
+
+
+def unsupported_reasons(inputs: contract.Inputs, spec: contract.AttentionSpec) -> list[str]:
+    """Why the kernels cannot take a call on the GPU they are for."""
+    of_this_machine = takes.machine_reasons(inputs.q.device)
+    return [reason for reason in takes.unsupported_reasons(inputs, spec) if reason not in of_this_machine]
 
 
 def compile_launch(launch: HopperLaunch, variant: Variant) -> Row:
@@ -100,9 +118,12 @@ def compile_launch(launch: HopperLaunch, variant: Variant) -> Row:
     except Exception as reason:  # whatever the compiler raises is what the row reports
         return Row(ARCHITECTURE, name, variant, None, root_cause(reason))
     tile = _tile(launch.constants)
-    work = model.work(name, variant.head_dim, variant.head_dim, tile)
+    head_dim = launch.constants["HEAD_DIM"]
+    work = model.work(name, head_dim, head_dim, tile)
     found = figures(launched[0].kernel, target, work, tile)
-    return Row(ARCHITECTURE, name, variant, replace(found, assembly=said[launch.kernel.__name__]))
+    stages = launch.constants["STAGES" if "STAGES" in launch.constants else "STAGES_Q"]
+    found = replace(found, num_stages=stages, assembly=said[launch.kernel.__name__])
+    return Row(ARCHITECTURE, name, variant, found)
 
 
 def _tile(constants: Mapping[str, Any]) -> tuple[int, int]:
