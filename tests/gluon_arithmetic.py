@@ -85,7 +85,7 @@ class Float(float):
 
     def to(self, dtype: torch.dtype, bitcast: bool = False) -> Value:
         if bitcast:
-            return Scalar(torch.tensor(float(self), dtype=torch.float32).view(dtype).item())
+            return Scalar(int(torch.tensor(float(self), dtype=torch.float32).view(dtype).item()))
         return Float(self) if dtype.is_floating_point else Scalar(int(self))
 
     def __neg__(self) -> Float:

@@ -36,7 +36,7 @@ def load(pointer: Pointer, mask: Tensor | bool | None = None, other: Value = Non
     nothing = torch.nan if memory.is_floating_point() else torch.iinfo(memory.dtype).max
     found = torch.full(shape, nothing if other is None else other, dtype=memory.dtype)
     found[active] = memory[touched]
-    return Scalar(found.item()) if found.ndim == 0 and not found.is_floating_point() else found
+    return Scalar(int(found.item())) if found.ndim == 0 and not found.is_floating_point() else found
 
 
 def store(pointer: Pointer, value: Value, mask: Tensor | bool | None = None, **_: Any) -> None:

@@ -89,13 +89,13 @@ class SharedMemory:
 
     @property
     def barrier(self) -> MBarrier:
-        key = self.data.storage_offset()
+        key = int(self.data.storage_offset())
         require(key in self._allocation.barriers, "an mbarrier that nobody initialised")
         return self._allocation.barriers[key]
 
     @barrier.setter
     def barrier(self, barrier: MBarrier) -> None:
-        self._allocation.barriers[self.data.storage_offset()] = barrier
+        self._allocation.barriers[int(self.data.storage_offset())] = barrier
 
 
 class Product:

@@ -11,7 +11,6 @@ import torch
 pytest.importorskip("triton.experimental.gluon", reason="the kernels are written in it")
 
 from hopper_cases import TILED
-
 from undivided import attention
 from undivided.conformance.adapters import ours
 from undivided.conformance.budget import assert_within_budget
