@@ -28,7 +28,7 @@ KERNELS = tuple(name for name in IMPLEMENTATIONS if name not in ("reference", "f
 # A file in which the device plays a part: its tests take the fixture, or it chooses one itself. The others
 # are about the house, pages, reports, commands, or compute on the CPU wherever they run.
 _ON_DEVICE = re.compile(r'\bdevice: torch\.device\b|torch\.device\("cuda" if ')
-_TEST_SECONDS = 90  # a hang costs a worker no more
+_TEST_SECONDS = 150  # a hang costs a worker no more
 _GRACE_SECONDS = 15.0  # for tests under way when the time is over
 _PYTEST_ENDED = (0, 1, 2, 5)  # all passed, some failed, out of time, nothing left
 

@@ -69,7 +69,9 @@ def _spans(of: str, cu_seqlens: Tensor, x: Tensor, max_seqlen: int | None, check
     bounds = cu_seqlens.clamp(0, total).to(torch.int32).cummax(0).values
     start, stop = bounds[:-1], bounds[1:]
     if max_seqlen is not None:
-        stop = torch.minimum(stop, start + torch.sym_min(max_seqlen, total))  # fits into int32
+        # A branch, for int32: PyTorch 2.11 does not trace a minimum of which it knows the result.
+        longest = total if max_seqlen > total else max_seqlen
+        stop = torch.minimum(stop, start + longest)
     return torch.stack((start, stop), 1)
 
 

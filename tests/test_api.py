@@ -473,7 +473,7 @@ class TestExplain:
         q, k = torch.empty(1, 8, 4096, 64), torch.empty(1, 2, 8192, 64)
         explanation = explain(q, k, k, causal=True, window=(1023, 0))
         assert explanation.chosen == "fallback"
-        assert set(explanation.reasons) == {"reference", "triton"}
+        assert set(explanation.reasons) == {"reference", "triton", "gluon"}
         assert explanation.flops_forward == 4 * 8 * 4096 * 1024 * 64
         assert (explanation.tiles, explanation.tiles_visited) == (32 * 64, 32 * 9)
         assert "window (1023, 0)" in str(explanation)

@@ -100,6 +100,16 @@ def test_scores_beyond_the_precision_of_the_exponent(device: torch.device) -> No
     assert torch.isfinite(lse).all()
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="the interpreter fuses no multiplication with an addition"
+)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_lse_of_long_rows(head_dim: int, device: torch.device) -> None:
+    """Sums scaled by 2^(a rounding error) for each tile, though the maximum stays: lse drifts away."""
+    inputs = Inputs(*(torch.randn(1, 2, 8192, head_dim, device=device).half() for _ in range(3)))
+    assert_right(inputs, AttentionSpec(head_dim**-0.5), None)
+
+
 def test_rows_of_the_lowest_float_are_uniform(device: torch.device) -> None:
     """A bias of finfo.min overflows to -inf when it is multiplied by log2 e: the row would look empty."""
     inputs = draw(device, torch.float32)

@@ -75,9 +75,9 @@ def _softmax(s, row_max, row_sum, unit):
     """One step of the running softmax: as `online_softmax` of the Triton kernels, and for its reasons."""
     next_max = gl.maximum(row_max, gl.max(s, 1))
     row_unit = gl.where(gl.abs(next_max * unit) > HUGE_SCORE, _power_of_two(unit), unit)
-    offset = gl.where(next_max == float("-inf"), 0.0, next_max * row_unit)
-    p = gl.exp2(s * row_unit[:, None] - offset[:, None])
-    alpha = gl.exp2(row_max * row_unit - offset)
+    top = gl.where(next_max == float("-inf"), 0.0, next_max)
+    p = gl.exp2(s * row_unit[:, None] - (top * row_unit)[:, None])
+    alpha = gl.exp2((row_max - top) * row_unit)
     return p, alpha, next_max, row_sum * alpha + gl.sum(p, 1)
 
 

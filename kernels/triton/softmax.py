@@ -107,11 +107,14 @@ def online_softmax(s, row_max, row_sum, unit, MAY_BE_EMPTY: tl.constexpr):
     # exceeds 2^27. Products with a power of two are exact; scores that large carry an absolute error
     # that makes the difference between it and the unit (less than a factor of 2) irrelevant.
     row_unit = tl.where(tl.abs(next_max * unit) > HUGE_SCORE, power_of_two(unit), unit)
-    offset = next_max * row_unit
+    top = next_max
     if MAY_BE_EMPTY:
-        offset = tl.where(next_max == float("-inf"), 0.0, offset)
+        top = tl.where(next_max == float("-inf"), 0.0, next_max)
+    offset = top * row_unit
     p = tl.math.exp2(s * row_unit[:, None] - offset[:, None])
-    alpha = tl.math.exp2(row_max * row_unit - offset)
+    # Of a difference, so that it is 1 while the maximum stays: row_max·unit - offset would be the rounding of
+    # offset, once for each tile, and row_sum would drift away with it.
+    alpha = tl.math.exp2((row_max - top) * row_unit)
     return p, alpha, next_max, row_sum * alpha + tl.sum(p, 1)
 
 
