@@ -110,11 +110,11 @@ def online_softmax(s, row_max, row_sum, unit, MAY_BE_EMPTY: tl.constexpr):
     top = next_max
     if MAY_BE_EMPTY:
         top = tl.where(next_max == float("-inf"), 0.0, next_max)
-    offset = top * row_unit
-    p = tl.math.exp2(s * row_unit[:, None] - offset[:, None])
     # Of a difference, so that it is 1 while the maximum stays: row_max·unit - offset would be the rounding of
     # offset, once for each tile, and row_sum would drift away with it.
     alpha = tl.math.exp2((row_max - top) * row_unit)
+    offset = top * row_unit
+    p = tl.math.exp2(s * row_unit[:, None] - offset[:, None])
     return p, alpha, next_max, row_sum * alpha + tl.sum(p, 1)
 
 
