@@ -44,7 +44,7 @@ INTERPRETER = TileConfig(32, 32, num_warps=4, num_stages=1)
 _AMPERE: Mapping[Kernel, Mapping[int, TileConfig]] = {
     "forward": {
         64: TileConfig(128, 64, 4, 2),
-        128: TileConfig(128, 64, 8, 2),
+        128: TileConfig(128, 32, 4, 2),
         256: TileConfig(64, 32, 4, 2),
         512: TileConfig(32, 16, 4, 1),
     },
