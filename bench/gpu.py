@@ -185,7 +185,7 @@ def findings(
 
 def say(outcomes: Sequence[lane.Outcome], standing: gpu_tests.Standing) -> bool:
     """Print figures, then what failed, and how many of everything; whether nothing failed."""
-    print(table(outcomes))
+    print(table(outcomes), "", table(outcomes, "host_us", "host µs"), sep="\n")
     failed = [outcome for outcome in outcomes if outcome.status != "passed"]
     for outcome in failed:
         print(f"\n{outcome.name} {outcome.status}:\n{outcome.tail[-1500:]}")
@@ -195,15 +195,15 @@ def say(outcomes: Sequence[lane.Outcome], standing: gpu_tests.Standing) -> bool:
     return not failed and not standing.failed
 
 
-def table(outcomes: Sequence[lane.Outcome]) -> str:
-    """TFLOP/s by case and direction, one column per implementation."""
+def table(outcomes: Sequence[lane.Outcome], field: str = "tflops", head: str = "TFLOP/s") -> str:
+    """A figure of records by case and direction, one column per implementation."""
     figures: dict[tuple[str, str], dict[str, float]] = {}
     for record in (record for outcome in outcomes for record in outcome.records):
-        if "tflops" in record:
+        if field in record:
             row = figures.setdefault((record["case"], record["direction"]), {})
-            row[record["implementation"]] = record["tflops"]
+            row[record["implementation"]] = record[field]
     names = sorted({name for row in figures.values() for name in row})
-    lines = [f"{'TFLOP/s':34}" + "".join(f"{name[-14:]:>16}" for name in names)]
+    lines = [f"{head:34}" + "".join(f"{name[-14:]:>16}" for name in names)]
     for (case, direction), row in figures.items():
         cells = "".join(f"{row[name]:16.1f}" if name in row else f"{'':16}" for name in names)
         lines.append(f"{case + ' ' + direction:34}{cells}")

@@ -21,10 +21,12 @@ from .environment import clocks
 from .peers import OURS, Peer, Ready, UnavailableError
 from .results import Record
 from .roofs import BOTH, FORWARD, Work, work
-from .timing import Run, in_turns, spread
+from .timing import LONGEST_HOST_S, Run, host_s, in_turns, spread
 
 LARGEST_TRUTH = 2**27
 """Scores the oracle is asked for at once: it keeps about ten float64 matrices of them."""
+
+WITH_HOST = "the host's time is inside: the call waits for the GPU, or is long to queue"
 
 NO_LSE = Capabilities()
 """Nobody is asked for lse here, so its gradient plays no part."""
@@ -196,9 +198,12 @@ def _timed(
     record: Record, samples: list[float], needed: Work, roofs: Roofs, device: torch.device, run: Run
 ) -> Record:
     p20, median, p80 = spread(samples)
+    host = host_s(run) if device.type == "cuda" else None
+    is_inside = host is not None and host >= LONGEST_HOST_S
     tflops, gbs = needed.flops / median * 1e-12, needed.bytes / median * 1e-9
     return replace(
         record,
+        note="; ".join(filter(None, (record.note, WITH_HOST if is_inside else ""))),
         turns=len(samples),
         p20_ms=_digits(p20 * 1e3),
         median_ms=_digits(median * 1e3),
@@ -207,6 +212,7 @@ def _timed(
         gbs=_digits(gbs),
         of_matmul=_digits(tflops / roofs.matmul),
         of_copy=_digits(gbs / roofs.copy),
+        host_us=None if host is None else _digits(host * 1e6),
         peak_bytes=_gpu_peak(run, device),
         clocks=clocks(device, run),
     )

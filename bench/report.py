@@ -21,11 +21,25 @@ HOW = (
     "of the conformance kit gets no time; ≈ marks peers that are outside it and inside the field's rule."
 )
 
+HOST = (
+    " Times are the GPU's own; a single call takes the host's as well, until its launches are queued: host "
+    "µs, here where they are more than the GPU's."
+)
+
+
+def how(results: Results) -> str:
+    """How to read the main table."""
+    return HOW + (HOST if _has_host(results.records) else "")
+
+
+def _has_host(records: Iterable[Record]) -> bool:
+    return any(record.host_us is not None for record in records)
+
 
 def table(results: Results) -> Table:
     """A line per case, dtype and direction; a column per implementation that was timed or wrong."""
     columns, rows = grid(results)
-    made = Table(caption=HOW)
+    made = Table(caption=how(results))
     for column in columns:
         made.add_column(column, justify="left" if column in HEAD else "right")
     for row in rows:
@@ -60,7 +74,9 @@ def _cell(record: Record) -> str:
     share = max(record.of_matmul or 0.0, record.of_copy or 0.0)
     mark = " ≈" if record.reason else ""
     speed = f"{record.tflops:.3g}T" if (record.tflops or 0.0) >= 1 else f"{(record.tflops or 0.0) * 1e3:.3g}G"
-    return f"{record.median_ms:.3g} · {speed} · {share:.0%}{mark}"
+    host = record.host_us if (record.host_us or 0.0) * 1e-3 > (record.median_ms or 0.0) else None
+    waits = "" if host is None else f" · host {host:.0f} µs"
+    return f"{record.median_ms:.3g} · {speed} · {share:.0%}{waits}{mark}"
 
 
 def against_fastest(records: Iterable[Record]) -> float | None:
@@ -154,14 +170,20 @@ DETAIL_COLUMNS = (
     *("case", "dtype", "direction", "implementation", "turns", "p20 ms", "median ms", "p80 ms", "GB/s"),
     *("% of matmul", "% of copy", "peak MiB", "note"),
 )
+HOST_COLUMN = "host µs"
 
 
-def _detail_rows(records: Sequence[Record]) -> list[list[str]]:
-    """Everything that was timed, with what the main table has no room for; clocks where they are known."""
-    return [
+def _details(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Everything that was timed, with what the main table has no room for; host time and clocks where they
+    are known."""
+    on_gpu = _has_host(records)
+    columns = [*DETAIL_COLUMNS[:8], *[HOST_COLUMN] * on_gpu, *DETAIL_COLUMNS[8:]]
+    return columns, [
         [
             *r.key,
-            *("" if x is None else f"{x:.4g}" for x in (r.turns, r.p20_ms, r.median_ms, r.p80_ms, r.gbs)),
+            *("" if x is None else f"{x:.4g}" for x in (r.turns, r.p20_ms, r.median_ms, r.p80_ms)),
+            *["" if r.host_us is None else f"{r.host_us:.4g}"] * on_gpu,
+            "" if r.gbs is None else f"{r.gbs:.4g}",
             *("" if x is None else f"{x:.0%}" for x in (r.of_matmul, r.of_copy)),
             "" if r.peak_bytes is None else f"{r.peak_bytes / 2**20:.1f}",
             "; ".join(filter(None, (r.note, r.clocks))),
@@ -205,7 +227,7 @@ def html(results: Results, changes: Sequence[Change] = (), remarks: Sequence[str
     sections = [
         _section("In short", text="\n\n".join([where(results), *summary(results), *busy(results)])),
         _section("Against another run", CHANGE_COLUMNS, change_rows(changes), "\n\n".join(remarks)),
-        _section("Speed", columns, rows, HOW if rows else "", _named(images, "speed")),
+        _section("Speed", columns, rows, how(results) if rows else "", _named(images, "speed")),
         _section("CPU ratios", RATIO_COLUMNS, _ratio_rows(results.ratios), images=_named(images, "ratios")),
         _section("Memory", PEAK_COLUMNS, _peak_rows(results.peaks), peaks, _named(images, "memory")),
         _section("Host time", ("call", "us"), list(results.host_us.items())),
@@ -213,7 +235,7 @@ def html(results: Results, changes: Sequence[Change] = (), remarks: Sequence[str
         _section("Sources of the shapes", ("case", "source"), list(results.sources.items())),
         _section("Roofs", ("what", "measured"), _roof_rows(results.roofs)),
         _section("Surroundings", ("what", "is"), environment),
-        _section("Every time", DETAIL_COLUMNS, _detail_rows(results.records)),
+        _section("Every time", *_details(results.records)),
     ]
     return page("undivided bench", [section for section in sections if section.rows or section.text])
 

@@ -26,8 +26,9 @@ class Record:
 
     status: "timed", "wrong" (outside the error budget, so not timed) or "n/a"; reason says why. Times in
     milliseconds; tflops from the scores that are visible; gbs from every tensor read or written once;
-    of_matmul, of_copy: share of the machine's measured roofs. constants: of the error budget, by output.
-    peak_bytes: above what was there before the call.
+    of_matmul, of_copy: share of the machine's measured roofs. host_us: on a GPU, whose own time the others
+    are: microseconds until the call returns. constants: of the error budget, by output. peak_bytes: above
+    what was there before the call.
     """
 
     case: str
@@ -45,6 +46,7 @@ class Record:
     gbs: float | None = None
     of_matmul: float | None = None
     of_copy: float | None = None
+    host_us: float | None = None
     constants: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
     clocks: str | None = None

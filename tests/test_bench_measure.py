@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from undivided.bench import command, environment, measure, memory, peers, roofs, shapes
+from undivided.bench import command, environment, measure, memory, peers, roofs, shapes, timing
 from undivided.bench.results import Peak, Record
 from undivided.conformance.cases import Case, Problem
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SMALL = Case("small causal", batch=2, heads_q=4, heads_kv=2, seqlen_q=16, seqlen_k=16, causal=True)
 
 
@@ -117,6 +117,133 @@ def test_launch_modes_are_right_and_timed_in_every_direction(name: str) -> None:
         )
     )
     assert [(r.direction, r.status) for r in found] == [(d, "timed") for d in roofs.DIRECTIONS]
+    assert all(r.host_us and measure.WITH_HOST not in r.note for r in found)
+
+
+class Machine:
+    """A host and a GPU with a clock in seconds: the host queues, the GPU does one thing after another."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.gpu_done = 0.0
+        self.busy: list[float] = []
+        machine = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = max(machine.now, machine.gpu_done)
+
+            def query(self) -> bool:
+                return self.at <= machine.now
+
+            def synchronize(self) -> None:
+                machine.now = max(machine.now, self.at)
+
+            def elapsed_time(self, end: Event) -> float:
+                return (end.at - self.at) * 1e3
+
+        class Flush:
+            def zero_(self) -> None:
+                machine.launch(80e-6)
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+        monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: Flush())
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def launch(self, seconds: float) -> None:
+        self.gpu_done = max(self.now, self.gpu_done) + seconds
+
+    def sleep(self, cycles: int) -> None:
+        assert isinstance(cycles, int)
+        self.busy.append(cycles / 1.98e9)
+        self.launch(self.busy[-1])
+
+    def wait(self) -> None:
+        self.now = max(self.now, self.gpu_done)
+
+    def call(self, host: float, gpu: float, waits: bool = False) -> timing.Run:
+        """A call that keeps the host for so long before the launch, and the GPU after it."""
+
+        def run() -> None:
+            self.now += host
+            self.launch(gpu)
+            if waits:
+                self.wait()
+
+        return run
+
+
+class TestOnAGPU:
+    """The device's time and the host's are two figures."""
+
+    @pytest.fixture(autouse=True)
+    def _simulated(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.machine = Machine(monkeypatch)
+
+    def test_the_host_is_not_in_the_devices_time(self) -> None:
+        """A fast kernel behind a slow launch would look like a slow kernel."""
+        slow, quick = self.machine.call(450e-6, 200e-6), self.machine.call(20e-6, 300e-6)
+        samples = timing.in_turns({"slow": slow, "quick": quick}, GPU, budget_s=0.0)
+        assert samples["slow"] == pytest.approx([200e-6] * timing.FEWEST_TURNS)
+        assert samples["quick"] == pytest.approx([300e-6] * timing.FEWEST_TURNS)
+
+    def test_host_time_is_without_the_gpus(self) -> None:
+        """Nor with a wait for what is still queued."""
+        assert timing.host_s(self.machine.call(450e-6, 9e-3)) == pytest.approx(450e-6)
+
+    def test_everybody_finds_a_gpu_that_rested_as_long(self) -> None:
+        """Its clock is the higher the longer it had nothing to do."""
+        waits = self.machine.call(1e-6, 1e-3, waits=True)
+        runs = {"slow": self.machine.call(450e-6, 1e-3), "quick": self.machine.call(20e-6, 1e-3), "w": waits}
+        timing.in_turns(runs, GPU, turns=5, budget_s=0.0)
+        rests = self.machine.busy[len(runs) * timing.HOST_CALLS :]
+        assert len(set(rests)) == 1
+        assert 900e-6 < rests[0] < 2e-3, "who waits for the GPU would make it rest for milliseconds"
+
+    def test_everybody_is_warm_before_the_first_turn(self) -> None:
+        """What was compiled last would run first on a GPU that had cooled meanwhile."""
+        log: list[str] = []
+        runs: dict[str, timing.Run] = {
+            name: lambda name=name: (log.append(name), self.machine.call(1e-5, 1e-4)()) for name in "abc"
+        }
+        timing.in_turns(runs, GPU, turns=5, budget_s=0.0)
+        before = log[: -3 * timing.FEWEST_TURNS]
+        assert {name: before.count(name) for name in "abc"} == dict.fromkeys("abc", 1 + timing.HOST_CALLS)
+
+    def test_a_call_that_was_held_up_is_made_again(self) -> None:
+        """The machine does something else for a millisecond, and the GPU waits."""
+        delays = iter([0.0] * (1 + timing.HOST_CALLS) + [2e-3, 2e-3] + [0.0] * 99)
+        call = self.machine.call(20e-6, 300e-6)
+
+        def run() -> None:
+            self.machine.now += next(delays)
+            call()
+
+        samples = timing.in_turns({"x": run}, GPU, turns=5, budget_s=0.0)["x"]
+        assert samples == pytest.approx([300e-6] * timing.FEWEST_TURNS)
+
+    @pytest.mark.parametrize(("waits", "host"), [(False, 450e-6), (True, None)])
+    def test_a_record_says_both(
+        self, monkeypatch: pytest.MonkeyPatch, waits: bool, host: float | None
+    ) -> None:
+        """And of a call that waits for the GPU, that its time is not the device's alone."""
+        monkeypatch.setattr(measure, "clocks", lambda device, run: "1980 MHz")
+        monkeypatch.setattr(measure, "_gpu_peak", lambda run, device: 0)
+        call = self.machine.call(450e-6, 200e-6, waits)
+        asked = Record("c", "bfloat16", "forward", "x", "timed", note="dense mask")
+        found = measure._timed(asked, [2e-4] * 5, roofs.Work(10**9, 10**6), measure.Roofs(1, 1), GPU, call)
+        assert found.host_us is not None
+        assert (measure.WITH_HOST in found.note) == waits
+        assert found.note.startswith("dense mask")
+        if host is not None:
+            assert found.host_us == pytest.approx(host * 1e6)
+        found = measure._timed(asked, [2e-4] * 5, roofs.Work(10**9, 10**6), measure.Roofs(1, 1), CPU, call)
+        assert found.host_us is None
 
 
 class TestMemoryCurve:

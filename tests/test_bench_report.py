@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import html.parser
 import json
 import os
@@ -45,7 +46,7 @@ FOUND = Results(
     sources={"c": "Somebody 2020, https://example.org/paper <b>"},
     roofs={"copy": 10.0, "float32": 0.1},
     records=(
-        record(),
+        record(host_us=12.5),
         record(implementation="torch-flash", median_ms=2.0, reason="out[0] = 1", constants={"out": 2.5}),
         record(implementation="torch-math", status="wrong", reason="out[3] = nan"),
         record(implementation="xformers", status="n/a", reason="no module named xformers"),
@@ -124,6 +125,18 @@ def test_the_page_has_spread_peak_and_clocks() -> None:
     shown = report.html(Results(WHERE, records=(record(peak_bytes=3 * 2**20, clocks="1980 MHz, 690 W"),)))
     for cell in (">0.9<", ">1.1<", ">3.0<", "1980 MHz, 690 W"):
         assert cell in shown
+
+
+def test_host_time_is_shown_where_there_is_a_gpu() -> None:
+    """A short call waits for the host, and its kernel's time alone would promise what nobody gets."""
+    found = record(host_us=61.5), record(case="short", host_us=1500.0)
+    _, (long, short) = report.grid(Results(WHERE, records=found))
+    assert "host" not in long[3]
+    assert short[3] == "1 · 1G · 50% · host 1500 µs"
+    shown = report.html(Results(WHERE, records=(record(host_us=61.5), record(case="short"))))
+    for words in ("host µs</th>", ">61.5<", "the host's as well"):
+        assert words in html.unescape(shown)
+    assert "host µs" not in report.html(Results(WHERE, records=(record(),)))
 
 
 def test_what_was_lost_is_on_the_page_when_nothing_else_changed() -> None:

@@ -110,7 +110,7 @@ def test_the_lane_gives_orders_that_the_command_takes(part: str) -> None:
 def test_results_and_table(tmp_path: Path) -> None:
     """The committed file says where it ran; a figure keeps its case, direction and implementation."""
     record = {"case": "hd128", "dtype": "bfloat16", "direction": "forward", "implementation": "undivided"}
-    record |= {"status": "timed", "tflops": 123.4}
+    record |= {"status": "timed", "tflops": 123.4, "host_us": 56.7}
     outcomes = [
         lane.Outcome("check/triton/float16", "passed", 1.0, "3 passed", []),
         lane.Outcome("sweep/hd128", "timed out", 1.0, "noise", [record]),
@@ -124,6 +124,7 @@ def test_results_and_table(tmp_path: Path) -> None:
     told = {"test": "tests/test_x.py::test_y", "seconds": 1.5, "tail": "C = 3"}
     assert document["tests"] == {"passed": 2, "skipped": 1, "failed": [told], "left": 1, "unsteady": ["a"]}
     assert "123.4" in gpu.table(outcomes)
+    assert "56.7" in gpu.table(outcomes, "host_us", "host µs")
     assert [found.tflops for found in results.read(gpu.sweep_beside(path)).records] == [123.4]
 
 
