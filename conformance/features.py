@@ -16,13 +16,13 @@ from dataclasses import fields
 import torch
 
 from ..kernels.spec import DTYPES, IMPLEMENTATIONS
-from . import library_adapters
-from .adapters import ADAPTERS, ours
+from . import library_adapters, torch_adapters
+from .adapters import ours
 from .target import NEEDS, Capabilities
 from .verdict import dtype_name
 
-PEERS = ("torch-math", "torch-flash", "torch-efficient", "torch-cudnn", "torch-flex-compiled")
-"""Adapters whose claims, on a GPU, can be read without one."""
+BACKENDS = ("math", "flash", "efficient", "cudnn")
+"""Of scaled_dot_product_attention; what is shown of them holds on every GPU, and needs none."""
 
 YES, REFUSED, NOT_ASKED = "yes", "–", ""
 
@@ -34,7 +34,9 @@ def markdown() -> str:
     """
     own = [ours(impl, native=True).capabilities for impl in IMPLEMENTATIONS]
     gpu = torch.device("cuda")
-    others = {name: ADAPTERS[name](gpu).capabilities for name in PEERS} | library_adapters.CLAIMS
+    others = {f"torch-{name}": torch_adapters.claims(name, gpu.type) for name in BACKENDS}
+    others["torch-flex-compiled"] = torch_adapters.flex_compiled(gpu).capabilities
+    others |= library_adapters.CLAIMS
     rows: list[tuple[str, list[str]]] = [
         (name, [told(claims) for claims in (*own, *others.values())]) for name, told in SIZES.items()
     ]

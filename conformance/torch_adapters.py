@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -76,6 +77,9 @@ EXCEPTIONS: dict[tuple[str, str], dict[str, Any]] = {
 }
 """What a backend says, by documentation or warning, that it does not take, or takes besides."""
 
+CUDNN_LARGEST_HEAD_DIM = 256
+"""Where PyTorch says that it is taken: on Hopper GPUs with cuDNN 9.10 (its sdp_utils.cpp)."""
+
 
 def sdpa(name: str, device: torch.device) -> Target:
     """`torch.nn.functional.scaled_dot_product_attention`, held to one backend."""
@@ -98,8 +102,23 @@ def sdpa(name: str, device: torch.device) -> Target:
             )
         return out, None
 
-    claims = replace(SDPA, **EXCEPTIONS.get((name, device.type), {}))
-    return Target(f"torch-{name}", attend, claims, "held to what scaled_dot_product_attention takes")
+    found = claims(name, device.type)
+    if name == "cudnn" and _cudnn_takes(CUDNN_LARGEST_HEAD_DIM, device):
+        found = replace(found, max_head_dim=CUDNN_LARGEST_HEAD_DIM)
+    return Target(f"torch-{name}", attend, found, "held to what scaled_dot_product_attention takes")
+
+
+def claims(name: str, device_type: str) -> Capabilities:
+    """What a backend takes on every device of a type; `sdpa` asks the one that is here for more."""
+    return replace(SDPA, **EXCEPTIONS.get((name, device_type), {}))
+
+
+def _cudnn_takes(head_dim: int, device: torch.device) -> bool:
+    """What PyTorch says; without a GPU, no."""
+    if not torch.cuda.is_available():
+        return False
+    q = torch.empty(1, 1, 64, head_dim, dtype=torch.float16, device=device)
+    return can_use_cudnn_attention(SDPAParams(q, q, q, None, 0.0, False, False))
 
 
 def flex(device: torch.device) -> Target:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from undivided import attention
+from undivided.conformance import torch_adapters
 from undivided.conformance.adapters import ADAPTERS, UnknownTargetError, resolve
 from undivided.conformance.cases import CASES, Case
 from undivided.conformance.check import Question, ask, check
@@ -231,9 +232,36 @@ def test_a_device_that_cannot_is_named(name: str) -> None:
         resolve(name, "cpu")
 
 
+@pytest.mark.parametrize(("taken", "largest"), [(256, 256), (128, 128)], ids=["Hopper", "others"])
+def test_cudnn_is_asked_what_pytorch_lets_it_take(
+    taken: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's fastest peer left out at head_dim 256, or one that is asked for what raises."""
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch_adapters, "can_use_cudnn_attention", lambda x: x[0].shape[-1] <= taken)
+    monkeypatch.setattr(torch_adapters, "SDPAParams", lambda *x: x)
+    empty = torch.empty
+    with monkeypatch.context() as patches:
+        patches.setattr(torch, "empty", lambda *size, device, **given: asked.append(device) or empty(*size))
+        found = resolve("torch-cudnn", "cuda:1")
+    assert found.capabilities.max_head_dim == largest
+    assert asked == [torch.device("cuda:1")]
+    wide = Case("wide", head_dim=256)
+    assert (found.refusal(wide, torch.float16) is None) == (largest == 256)
+
+
+def test_what_readme_shows_of_cudnn_needs_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that would be another one on every machine."""
+    monkeypatch.setattr(torch_adapters, "_cudnn_takes", lambda head_dim, device: True)
+    assert torch_adapters.claims("cudnn", "cuda").max_head_dim == 128
+    assert resolve("torch-cudnn", "cuda").capabilities.max_head_dim == 256
+
+
 def test_every_adapter_is_tested_here() -> None:
     """A name added to the list that no test has ever called."""
-    elsewhere = {"undivided-triton", "torch-efficient", "torch-cudnn", "torch-flex-compiled"}
+    elsewhere = {"undivided-triton", "undivided-gluon"}
+    elsewhere |= {"torch-efficient", "torch-cudnn", "torch-flex-compiled"}
     assert {*RUN_HERE, *MULTIHEAD, *STAND_INS} | elsewhere == set(ADAPTERS)
 
 
