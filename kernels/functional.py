@@ -95,14 +95,15 @@ def attention(
         scale: any number up to 2**60 in magnitude; 1/sqrt(head_dim) by default.
         dropout_p: probability of dropping a weight, in [0, 1]; the others grow by 1/(1 - dropout_p).
         seed: int or int64 tensor that decides which are dropped; drawn from PyTorch's generator if None.
-        deterministic: the same call gives the same bits, whatever is asked (of the reference on a GPU, as far
-            as PyTorch's operators do). "batch": nor does what an entry gives (out, statistics, dq, dk, dv)
-            depend on which other entries there are or on its place, but for what dropout keeps; on a CPU
-            entries are then computed one by one.
+        deterministic: True: the same call gives the same bits (of the reference on a GPU, as far as PyTorch's
+            operators do); None: if PyTorch's mode is on. It is so without asking, but for dq of the Hopper
+            kernels. "batch": nor does what an entry gives (out, statistics, dq, dk, dv) depend on which
+            other entries there are or on its place, but for what dropout keeps; on a CPU entries are then
+            computed one by one.
         precise: for 16-bit inputs, no rounding of out reaches backward's delta, rowsum(dout·out) = Σ P·dP:
             dq and dk keep their digits where values share a mean, for seven products instead of five.
         check: also check values that live on the device (key_lengths, what masks hold); synchronises.
-        impl: "auto", "reference", "fallback" or "triton". None: the environment variable UNDIVIDED_IMPL,
+        impl: "auto", "reference", "fallback", "triton" or "gluon". None: the environment variable UNDIVIDED_IMPL,
             else "auto", which never raises for valid input; an order that cannot be followed raises.
 
     out and lse are differentiable twice in q, k, v and all that is called differentiable here, by reverse and

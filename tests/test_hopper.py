@@ -291,3 +291,19 @@ def test_drawn_problems(seed: int) -> None:
     )
     case = replace(case, layout=("bhsd", "bshd")[integer(0, 1)])
     check(case, (HALF, BRAIN)[seed % 2], seed)
+
+
+@pytest.mark.parametrize("asked", ["argument", "mode", "nobody"])
+def test_sums_in_any_order_only_where_nobody_asks_for_the_same_bits(asked: str) -> None:
+    """dq of programs that add up as they come, in PyTorch's deterministic mode (hazard S9)."""
+    problem = Case("causal", seqlen_q=40, seqlen_k=40, head_dim=64, causal=True).build(HALF)
+    q, k, v = (x.requires_grad_() for x in problem[:3])
+    before = torch.are_deterministic_algorithms_enabled()
+    with simulated_hopper() as launched:
+        torch.use_deterministic_algorithms(asked == "mode")
+        try:
+            out = attention(q, k, v, causal=True, impl="gluon", deterministic=asked == "argument" or None)
+        finally:
+            torch.use_deterministic_algorithms(before)
+        out.backward(problem.dout)
+    assert launched == ["_forward_kernel"] + ["_backward_kernel"] * (asked == "nobody")
