@@ -295,7 +295,7 @@ def test_drawn_problems(seed: int) -> None:
 
 @pytest.mark.parametrize("asked", ["argument", "mode", "nobody"])
 def test_sums_in_any_order_only_where_nobody_asks_for_the_same_bits(asked: str) -> None:
-    """dq of programs that add up as they come, in PyTorch's deterministic mode (hazard S9)."""
+    """dq of programs that add up as they come, in PyTorch's deterministic mode."""
     problem = Case("causal", seqlen_q=40, seqlen_k=40, head_dim=64, causal=True).build(HALF)
     q, k, v = (x.requires_grad_() for x in problem[:3])
     before = torch.are_deterministic_algorithms_enabled()
