@@ -70,7 +70,7 @@ class Standing(NamedTuple):
 class Sources:
     """What an answer depends on: all of kernels/, and the file that the test is in.
 
-    But the kernels for Hopper, whose choice is made from results, matter only to tests that name them.
+    But the kernels for Hopper matter only to tests that name them, and to those that name none.
     What a test passed with other kernels, or when it was another test, says nothing. Other sources do not
     count (of the cases in conformance/, say): `--fresh` is for them.
     """
@@ -83,7 +83,7 @@ class Sources:
         self.of = functools.cache(self._of)
 
     def _of(self, test: str) -> str:
-        kernels = self._all_kernels if "gluon" in test or "hopper" in test else self._kernels
+        kernels = self._all_kernels if "hopper" in test or concerns(test, "gluon") else self._kernels
         return kernels + _digest([self._root / test.partition("::")[0]])
 
     @property

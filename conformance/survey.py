@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..kernels.spec import IMPLEMENTATIONS
-from .adapters import ours
+from .adapters import ADAPTERS, ours
 from .check import ask, default_device, environment
 from .combinations import combinations, count_pairs
 from .questions import Question
@@ -57,6 +57,19 @@ def _asked(impl: str, device: torch.device, most: int | None) -> dict[str, Any]:
     }
 
 
+def _that_run_on(device: torch.device) -> list[str]:
+    """The implementations that are asked where nobody names one; says why others are not."""
+    found = []
+    for impl in IMPLEMENTATIONS:
+        try:
+            ADAPTERS[f"undivided-{impl}"](device)
+        except ValueError as error:
+            print(error)
+        else:
+            found.append(impl)
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Ask, print a line for each implementation, write the file."""
     parser = argparse.ArgumentParser(
@@ -66,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--impl", action="append", choices=IMPLEMENTATIONS, help="only this one; repeatable")
     parser.add_argument("--most", type=int, metavar="N", help="only the first N cases of each")
     given = parser.parse_args(arguments)
-    found = survey(given.impl or IMPLEMENTATIONS, default_device(), given.most)
+    device = default_device()
+    found = survey(given.impl or _that_run_on(device), device, given.most)
     for impl, of in found["implementations"].items():
         passed = f"{of['passed']} of {of['cases']} cases passed in {of['seconds']} s"
         pairs = f", with {of['pairs_of_options']} pairs of options" if given.most is None else ""
