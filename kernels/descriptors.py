@@ -32,7 +32,11 @@ def why_not(inputs: Inputs, spec: AttentionSpec) -> str | None:
 
 
 def is_laid_out(x: Tensor) -> bool:
-    """Whether strides and address are such that boxes of x can be moved."""
+    """Whether strides and address are such that boxes of x, which has four axes, can be moved."""
     unit = UNIT // x.element_size()
-    *outer, last = x.stride()
-    return last == 1 and not any(s <= 0 or s % unit for s in outer) and x.data_ptr() % UNIT == 0
+    batch, heads, seqlen, last = x.stride()
+    return (
+        last == 1
+        and min(batch, heads, seqlen) > 0
+        and batch % unit == heads % unit == seqlen % unit == x.data_ptr() % UNIT == 0
+    )

@@ -41,13 +41,19 @@ def unsupported_reasons(inputs: Inputs, spec: AttentionSpec) -> list[str]:
         reasons.append(
             f"head_dim {q.shape[-1]} and head_dim of v {v.shape[-1]} need tiles of different sizes"
         )
-    given = {"bias": inputs.bias, "ALiBi": inputs.slopes, "RelativeBias": inputs.table, "mask": inputs.mask}
-    given |= {"a mask object": inputs.ranges if inputs.tiles is None else inputs.tiles}
-    given |= {"key_lengths": inputs.key_lengths, "packed sequences": inputs.spans_q}
-    reasons += [f"{name}: not in these kernels" for name, x in given.items() if x is not None]
-    asked = {"softcap": spec.softcap is not None, "dropout": spec.dropout_p > 0}
-    asked |= {"a negative scale": spec.scale < 0}
-    reasons += [f"{name}: not in these kernels" for name, is_asked in asked.items() if is_asked]
+    asked = (
+        ("bias", inputs.bias is not None),
+        ("ALiBi", inputs.slopes is not None),
+        ("RelativeBias", inputs.table is not None),
+        ("mask", inputs.mask is not None),
+        ("a mask object", inputs.ranges is not None or inputs.tiles is not None),
+        ("key_lengths", inputs.key_lengths is not None),
+        ("packed sequences", inputs.spans_q is not None),
+        ("softcap", spec.softcap is not None),
+        ("dropout", spec.dropout_p > 0),
+        ("a negative scale", spec.scale < 0),
+    )
+    reasons += [f"{name}: not in these kernels" for name, is_asked in asked if is_asked]
     if not reasons and (found := descriptors.why_not(inputs, spec)):
         reasons.append(found)
     return reasons

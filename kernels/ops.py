@@ -14,6 +14,7 @@ import importlib
 import itertools
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -127,7 +128,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         # Grad mode is on under create_graph: somebody may differentiate again, through q, k, v too.
         transformed = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        return _gradients(differentiable_backward if transformed else _backward_op, ctx, dout, dlse)
+        return _gradients(differentiable_backward if transformed else _call_backward, ctx, dout, dlse)
 
 
 class _TransformableAttention(torch.autograd.Function):
@@ -144,6 +145,7 @@ class _TransformableAttention(torch.autograd.Function):
         *call, impl = inputs
         # vmap's rule would lose a mark that max_logit is not differentiable: its derivatives are zeros.
         _save(ctx, (*call[:N_INPUTS], AttentionSpec(*call[N_INPUTS:]), impl), (*output[:2], None))
+        ctx.save_for_forward(*call[:N_INPUTS], *output[:2])
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -160,7 +162,6 @@ def _save(ctx: Any, args: tuple[Any, ...], results: Results) -> None:
     *tensors, ctx.spec, ctx.impl = args
     out, lse, max_logit = results
     ctx.save_for_backward(*tensors, out, lse)
-    ctx.save_for_forward(*tensors, out, lse)
     if max_logit is not None:
         ctx.mark_non_differentiable(max_logit)
     ctx.set_materialize_grads(False)
@@ -169,7 +170,7 @@ def _save(ctx: Any, args: tuple[Any, ...], results: Results) -> None:
 def _gradients(
     operator: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Call the backward operator; one gradient per argument of forward."""
+    """Call `operator`, the one for backward or what stands for it; one gradient per argument of forward."""
     *tensors, out, lse = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:N_GRADIENTS])
     if dout is None:
@@ -197,15 +198,36 @@ def _compute(inputs: Inputs, spec: AttentionSpec, impl: str) -> Results:
 
 def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Body of undivided::backward. A gradient nobody needs is an empty tensor."""
+    grads = _compute_backward(dout, dlse, out, lse, *args)
+    return tuple(dout.new_empty(0) if g is None else g for g in grads)
+
+
+def _call_backward(*args: Any) -> tuple[Tensor | None, ...]:
+    """The operator, or its body where nothing listens."""
+    if type(args[0]) is Tensor and not _somebody_listens(Inputs(*args[4 : 4 + N_INPUTS])):
+        return _compute_backward(*args)
+    gradients: tuple[Tensor, ...] = _backward_op(*args)
+    return gradients
+
+
+def _compute_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
+) -> tuple[Tensor | None, ...]:
     *rest, impl, needs = args
     inputs, spec = Inputs(*rest[:N_INPUTS]), AttentionSpec(*rest[N_INPUTS:])
-    with below_autograd(), torch.autocast(dout.device.type, enabled=False):
+    with below_autograd(), _without_autocast(dout.device):
         if is_empty(inputs):
             return tuple(g.zero_() for g in _allocate_backward(dout, dlse, out, lse, *args))
-        grads: Gradients = _first_that_compiles(
+        gradients: Gradients = _first_that_compiles(
             _BACKWARD_CHAINS[impl], "attention_backward", dout, dlse, out, lse, inputs, spec, Needs(*needs)
         )
-    return tuple(dout.new_empty(0) if g is None else g for g in grads)
+    return gradients
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    if torch._C._is_any_autocast_enabled():
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _allocate_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

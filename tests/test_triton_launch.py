@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="there is nothing to build without Triton")
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from undivided.kernels import functional, ops
-from undivided.kernels.triton import BUILD_ERRORS, backward, forward, launch
+from undivided.kernels.triton import BUILD_ERRORS, backward, forward, launch, replay
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Q = torch.randn(1, 2, 5, 16, device=DEVICE)
@@ -47,6 +47,7 @@ def _nothing_known() -> Iterator[None]:
         warnings.simplefilter("ignore")
         ops._say_if_untried(Q.device)
     ops._say_once.cache_clear()
+    replay._known.clear()
     yield
     launch._not_built.clear()
 

@@ -26,7 +26,8 @@ from .. import descriptors
 from .. import sinks as attention_sinks
 from ..hopper import padded
 from ..spec import AttentionSpec, Gradients, Inputs, Needs, like
-from ..triton.backward import row_statistics
+from ..triton import replay
+from ..triton.backward import room_for_statistics, row_statistics
 from ..triton.launch import positive_scale
 from . import compat, positions
 from .config import BACKWARD, KEYS, REGISTERS, BackwardTile
@@ -252,10 +253,19 @@ def attention_backward(
     q, k, v, sinks = inputs.q, inputs.k, inputs.v, inputs.sinks
     if not descriptors.is_laid_out(dout):
         dout = dout.clone(memory_format=torch.contiguous_format)
-    offset, delta = row_statistics(dout, dlse, out, lse, inputs, spec)
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    offset, delta = room_for_statistics(lse)
     dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     dk, dv = like(k, k.shape[3]), like(v, v.shape[3])
-    backward_launch(dout, offset, delta, inputs, spec, dq_sum, dk, dv, tile).run(q.device)
+    replay.run(
+        (_backward_kernel, spec, tile),
+        (*inputs, dout, dlse, out, lse, offset, delta, dq_sum, dk, dv),
+        q.device,
+        lambda: [
+            row_statistics(dout, dlse, out, lse, offset, delta, inputs, spec),
+            backward_launch(dout, offset, delta, inputs, spec, dq_sum, dk, dv, tile),
+        ],
+    )
     dq = torch.mul(dq_sum, spec.scale, out=like(q, q.shape[3])) if needs.dq else None
     dsinks = None
     if sinks is not None and needs.dsinks:

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..hopper import padded
 from ..spec import AttentionSpec, Inputs, like
+from ..triton import replay
 from ..triton.launch import positive_scale
 from . import compat, positions
 from .config import FORWARD, REGISTERS, ForwardTile
@@ -281,7 +282,12 @@ def attention_forward(
     out = like(q, inputs.v.shape[3])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     max_logit = torch.empty_like(lse) if spec.want_max else None
-    forward_launch(inputs, spec, out, lse, tile, max_logit).run(q.device)
+    replay.run(
+        (_forward_kernel, spec, tile),
+        (*inputs, out, lse, max_logit),
+        q.device,
+        lambda: [forward_launch(inputs, spec, out, lse, tile, max_logit)],
+    )
     return out, lse, max_logit
 
 

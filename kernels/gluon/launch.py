@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
-from ..triton.launch import failure, recall
+from ..triton.launch import current, failure, recall
 
 
 class Tile(NamedTuple):
@@ -25,6 +26,17 @@ class Tile(NamedTuple):
         x = self.tensor
         layout = shared_layout(x.element_size(), x.ndim)
         return TensorDescriptor(x, list(x.shape), list(x.stride()), list(self.box), layout)
+
+    def remake(self) -> Callable[[Tensor], Any]:
+        """What makes the descriptor of another tensor that is laid out like this one, without checking it."""
+        fields = {**vars(self.descriptor()), "base": None}
+
+        def descriptor(tensor: Tensor) -> Any:
+            made = TensorDescriptor.__new__(TensorDescriptor)
+            made.__dict__.update(fields, base=tensor)
+            return made
+
+        return descriptor
 
 
 @functools.cache
@@ -47,21 +59,38 @@ class HopperLaunch(NamedTuple):
         """What the compiler is told: the first partition is one warpgroup."""
         return {"num_warps": 4, "enable_fp_fusion": True}
 
-    def run(self, device: torch.device) -> None:
-        """Start the kernel on the current stream of the device its tensors are on.
+    @property
+    def needs_scratch(self) -> bool:
+        """Its descriptors are made by the host."""
+        return False
+
+    def parameters(self) -> list[Any]:
+        """Every parameter of the kernel, in its order."""
+        given = self.arguments | self.constants
+        return [given[name] for name in self.kernel.arg_names]
+
+    def recall(self, device: torch.device) -> None:
+        """Raise the BuildError that an earlier attempt ended with."""
+        recall(self._variant(device))
+
+    def run(self, device: torch.device) -> Any:
+        """Start the kernel on the current stream of the device its tensors are on; the compiled kernel.
 
         Raises:
             BuildError: it could not be built.
         """
-        variant = self.kernel, device.index, *self.constants.values()
-        recall(variant)
+        self.recall(device)
         try:
-            with torch.cuda.device(device):
-                self.start()
+            with current(device):
+                return self.start()
         except Exception as error:
-            raise failure(error, self.kernel, variant) from error
+            raise failure(error, self.kernel, self._variant(device)) from error
 
-    def start(self) -> None:
+    def _variant(self, device: torch.device) -> Hashable:
+        """All that decides what is compiled, for what."""
+        return self.kernel, device.index, *self.constants.values()
+
+    def start(self) -> Any:
         """Compile if need be, and launch."""
         arguments = {name: x.descriptor() if isinstance(x, Tile) else x for name, x in self.arguments.items()}
-        self.kernel[(self.programs,)](**arguments, **self.constants, **self.options)
+        return self.kernel[(self.programs,)](**arguments, **self.constants, **self.options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import sinks as attention_sinks
 from ..spec import AttentionSpec, Gradients, Inputs, Needs, like
 from ..visibility import owners
-from . import softmax, tiles
+from . import replay, softmax, tiles
 from .bias_gradient import dbias_kernel
 from .config import Kernel, TileConfig, architecture, load_of, tile_config
 from .key_gradients import dkdv_kernel
@@ -111,11 +111,16 @@ def attention_backward(
     None. out, lse: as the forward pass returned them. config: tile sizes by kernel; the table's for
     those it lacks.
     """
-    gradients, launches, delta = backward_launches(dout, dlse, out, lse, inputs, spec, needs, config)
-    for launch in launches:
-        launch.recall(inputs.q.device)
-    for launch in launches:
-        launch.run(inputs.q.device)
+    room = _allocate(dout, dlse, lse, inputs, needs)
+    gradients, delta = room.gradients, room.delta
+    if any(needs):
+        tiles_given = None if config is None else tuple(config.items())
+        replay.run(
+            (_row_statistics_kernel, dkdv_kernel, dq_kernel, dbias_kernel, spec, tiles_given),
+            (*inputs, out, *room.gradients, *room[1:]),
+            inputs.q.device,
+            lambda: _launches(room, out, inputs, spec, needs, config),
+        )
     dsinks, dslopes = None, gradients.dslopes
     if inputs.sinks is not None and needs.dsinks:
         dsinks = attention_sinks.gradient(_by_row(delta, inputs), lse, inputs.sinks)
@@ -140,28 +145,56 @@ def backward_launches(
     dsinks is a sum over delta, and has no launch. With meta tensors and a config for every kernel: launches
     to compile only.
     """
-    q, k, v, bias, _, slopes, _, mask = inputs[:8]
+    room = _allocate(dout, dlse, lse, inputs, needs)
+    launches = _launches(room, out, inputs, spec, needs, config) if any(needs) else []
+    return room.gradients, launches, room.delta
+
+
+class _Room(NamedTuple):
+    """What the launches fill: gradients, and statistics of rows. And what they read that may be a copy:
+    dout, whose last stride is 1, and dlse and lse, dense, which are read by row number."""
+
+    gradients: Gradients
+    dout: Tensor
+    dlse: Tensor | None
+    lse: Tensor
+    offset: Tensor
+    delta: Tensor
+
+
+def _allocate(dout: Tensor, dlse: Tensor | None, lse: Tensor, inputs: Inputs, needs: Needs) -> _Room:
+    q, bias, slopes = inputs.q, inputs.bias, inputs.slopes
     batch, heads_q, seqlen_q, head_dim = q.shape
-    heads_kv, seqlen_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     dq, dk, dv = (like(x, x.shape[3]) if need else None for x, need in zip(inputs[:3], needs))
     dbias = bias.new_empty(bias.shape) if bias is not None and needs.dbias else None
     dslopes = None
     if slopes is not None and needs.dslopes:  # of each row; `attention_backward` adds them up
         dslopes = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         dq = like(q, head_dim) if dq is None else dq  # the same kernel fills both
-    gradients = Gradients(dq, dk, dv, dbias, None, dslopes, None)
-    if not any(needs):
-        return gradients, [], lse
     if inputs.spans_q is not None:  # what no sequence owns is in no tile
         for x in (dq, dk, dv, dslopes):
             if x is not None:
                 x.zero_()
-
     if dout.stride(3) != 1:  # expanded by sum(), say: a copy costs less than reading it element by element
         dout = dout.contiguous()
-    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()  # read by row number
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     padded = PADDING * tiles_to_run(inputs.spans_q, batch, seqlen_q, PADDING)
     offset, delta = lse.new_empty(2, heads_q * padded).unbind()
+    return _Room(Gradients(dq, dk, dv, dbias, None, dslopes, None), dout, dlse, lse, offset, delta)
+
+
+def _launches(
+    room: _Room,
+    out: Tensor,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    needs: Needs,
+    config: Mapping[Kernel, TileConfig] | None,
+) -> list[Launch]:
+    (dq, dk, dv, dbias, _, dslopes, _), dout, dlse, lse, offset, delta = room
+    q, k, v, bias, _, slopes, _, mask = inputs[:8]
+    batch, heads_q, seqlen_q, head_dim = q.shape
+    heads_kv, seqlen_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     operands = (q, q.stride(), k, k.stride(), v, v.stride(), dout, dout.stride(), offset, delta)
     pairs = (
         bias, broadcast_strides(bias), mask, broadcast_strides(mask), *dense_slopes(slopes),
@@ -240,21 +273,29 @@ def backward_launches(
         packing = packing_of(inputs, inputs.spans_q, None)  # its tiles are those of the bias
         visible = (*row_ranges(inputs), listing_of(inputs, inputs.visits_q))
         launches.append(launch(dbias_kernel, tile, programs, target, visible, packing))
-    return gradients, launches, delta
+    return launches
+
+
+def room_for_statistics(lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(offset, delta) of a call that is not packed: float32 (batch, heads_q, seqlen_q and padding)."""
+    padded = (*lse.shape[:2], -(-lse.shape[2] // PADDING) * PADDING)
+    offset, delta = lse.new_empty(2, *padded).unbind()
+    return offset, delta
 
 
 def row_statistics(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs, spec: AttentionSpec
-) -> tuple[Tensor, Tensor]:
-    """(offset, delta) of a call that is not packed: float32 (batch, heads_q, seqlen_q and padding).
-
-    What `_row_statistics_kernel` says; dout, dlse, out and lse as in `attention_backward`.
-    """
-    padded = (*lse.shape[:2], -(-lse.shape[2] // PADDING) * PADDING)
-    offset, delta = lse.new_empty(2, *padded).unbind()
-    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-    _row_statistics_launch(dout, dlse, out, lse, None, offset, delta, inputs, spec).run(lse.device)
-    return offset, delta
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    offset: Tensor,
+    delta: Tensor,
+    inputs: Inputs,
+    spec: AttentionSpec,
+) -> Launch:
+    """The launch that fills `room_for_statistics` as `_row_statistics_kernel` says; dout and out as in
+    `attention_backward`, dlse and lse dense."""
+    return _row_statistics_launch(dout, dlse, out, lse, None, offset, delta, inputs, spec)
 
 
 def _by_row(delta: Tensor, inputs: Inputs) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import descriptors
 from ..spec import AttentionSpec, Inputs, like
-from . import softmax, tiles, visibility
+from . import replay, softmax, tiles, visibility
 from .attend import attend_to
 from .config import TileConfig, architecture, load_of, tile_config
 from .launch import (
@@ -205,7 +205,12 @@ def attention_forward(
         for x in (lse, max_logit):
             if x is not None:
                 x.fill_(-torch.inf)
-    forward_launch(inputs, spec, out, lse, config, max_logit).run(q.device)
+    replay.run(
+        (_forward_kernel, spec, config),
+        (*inputs, out, lse, max_logit),
+        q.device,
+        lambda: [forward_launch(inputs, spec, out, lse, config, max_logit)],
+    )
     return out, lse, max_logit
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -62,29 +63,36 @@ class Launch(NamedTuple):
         config = self.config
         return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
 
-    def run(self, device: torch.device) -> None:
-        """Start the kernel on the current stream of the device its tensors are on.
+    @property
+    def needs_scratch(self) -> bool:
+        """Whether the kernel may make descriptors, for which Triton wants memory."""
+        return self.config.tma
+
+    def parameters(self) -> list[Any]:
+        """Every parameter of the kernel, in its order."""
+        names = self.kernel.arg_names[len(self.arguments) :]
+        return [*self.arguments, *(self.constants[name] for name in names)]
+
+    def run(self, device: torch.device) -> Any:
+        """Start the kernel on the current stream of the device its tensors are on; the compiled kernel.
 
         Raises:
             BuildError: it could not be built.
         """
         self.recall(device)
-        if self.config.tma:
-            triton.set_allocator(_scratch)
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
-            self._start(device)
-        else:
-            with torch.cuda.device(device):
-                self._start(device)
+        if self.needs_scratch:
+            triton.set_allocator(scratch)
+        with current(device):
+            return self._start(device)
 
     def recall(self, device: torch.device) -> None:
         """Raise the BuildError that an earlier attempt ended with."""
         if _not_built:
             recall(self._variant(device))
 
-    def _start(self, device: torch.device) -> None:
+    def _start(self, device: torch.device) -> Any:
         try:
-            self.kernel[(self.programs,)](*self.arguments, **self.constants, **self.options())
+            return self.kernel[(self.programs,)](*self.arguments, **self.constants, **self.options())
         except Exception as error:
             raise failure(error, self.kernel, self._variant(device)) from error
 
@@ -125,7 +133,14 @@ def dense_slopes(slopes: Tensor | None) -> tuple[Tensor | None, int | None]:
     return slopes.float().contiguous(), 0 if slopes.shape[0] == 1 else slopes.shape[1]
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which a GPU is the current one: nothing, if it is already."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     """Memory for tensor descriptors made inside kernels."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
