@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .spec import AttentionSpec, Inputs
@@ -12,7 +13,7 @@ UNIT = 16
 
 
 def why_not(inputs: Inputs, spec: AttentionSpec) -> str | None:
-    """What is in the way, or None.
+    """What is in the way, or None; asked without addresses, which tensors that are traced do not have.
 
     No key may be hidden from every query of the batch entry: what it holds would reach a product.
     """
@@ -26,17 +27,23 @@ def why_not(inputs: Inputs, spec: AttentionSpec) -> str | None:
         assert x is not None
         if not 16 <= x.shape[3] <= 256:
             return f"head_dim of {name} is {x.shape[3]}, not in [16, 256]"
-        if not is_laid_out(x):
+        if not has_strides(x):
             return f"{name} has strides {x.stride()}, not a last one of 1 and others of {UNIT} bytes"
     return None
 
 
-def is_laid_out(x: Tensor) -> bool:
-    """Whether strides and address are such that boxes of x, which has four axes, can be moved."""
+def has_strides(x: Tensor) -> bool:
+    """Whether boxes of x, which has four axes, can be moved, if its address is a multiple of `UNIT`."""
     unit = UNIT // x.element_size()
     batch, heads, seqlen, last = x.stride()
-    return (
-        last == 1
-        and min(batch, heads, seqlen) > 0
-        and batch % unit == heads % unit == seqlen % unit == x.data_ptr() % UNIT == 0
-    )
+    return last == 1 and min(batch, heads, seqlen) > 0 and batch % unit == heads % unit == seqlen % unit == 0
+
+
+def is_laid_out(x: Tensor) -> bool:
+    """Whether boxes of x can be moved."""
+    return has_strides(x) and x.data_ptr() % UNIT == 0
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """x, or a copy of it of which boxes can be moved: a step of a slice, an expanded axis, an odd address."""
+    return x if is_laid_out(x) else x.clone(memory_format=torch.contiguous_format)

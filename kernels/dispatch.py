@@ -49,7 +49,7 @@ def choose(impl: str | None, inputs: Inputs, spec: AttentionSpec) -> str:
     """
     impl = DEFAULT_IMPL if impl is None else impl
     if impl == "auto":
-        if not inputs.q.is_cuda or unsupported_reasons("triton", inputs, spec):
+        if not _is_on_gpu(inputs) or unsupported_reasons("triton", inputs, spec):
             return "fallback"
         if not hopper.is_faster("forward", inputs, spec) or unsupported_reasons("gluon", inputs, spec):
             return "auto"
@@ -62,6 +62,10 @@ def choose(impl: str | None, inputs: Inputs, spec: AttentionSpec) -> str:
             f"impl={impl!r} cannot take this call: {'; '.join(reasons)}. impl='auto' would run the fallback"
         )
     return impl
+
+
+def _is_on_gpu(inputs: Inputs) -> bool:
+    return inputs.q.is_cuda
 
 
 def first_of(choice: str) -> str:

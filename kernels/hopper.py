@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import re
 
 import torch
 
@@ -22,8 +23,10 @@ FASTER: dict[str, frozenset[tuple[int, bool]]] = {
     "forward": frozenset({(128, False), (128, True)}),
     "backward": frozenset({(128, False), (128, True)}),
 }
-"""(padded head_dim, whether causal or windowed) where a committed file of results shows them right, and at
-least 1.15 times as fast as the other kernels: bench/results/nvidia-h200-2026-11-26.json."""
+"""(padded head_dim, whether causal) where a committed file of results shows them right, and at least 1.15
+times as fast as the other kernels: bench/results/nvidia-h200-2026-11-26.json."""
+SHORTEST = 512
+"""Sequences that were timed."""
 
 
 def unsupported_reasons(inputs: Inputs, spec: AttentionSpec) -> list[str]:
@@ -71,19 +74,22 @@ def has_backward(inputs: Inputs, spec: AttentionSpec) -> bool:
         spec.left is None or first + seqlen_q - 1 - spec.left < seqlen_k
     )
     small = max(inputs.q.shape[-1], inputs.v.shape[-1]) <= MAX_HEAD_DIM_BACKWARD
-    return small and every_row_sees and not spec.deterministic and not spec.precise
+    in_order = spec.deterministic or torch.are_deterministic_algorithms_enabled()  # since forward, perhaps
+    return small and every_row_sees and not in_order and not spec.precise
 
 
 def is_faster(direction: str, inputs: Inputs, spec: AttentionSpec) -> bool:
     """Whether the kernels go first where nobody names an implementation.
 
-    The variable UNDIVIDED_HOPPER decides if it is 1, wherever they take the call, or 0, nowhere.
+    The variable UNDIVIDED_HOPPER decides if it is 1, wherever they take the call, or 0, nowhere; a graph of
+    torch.compile keeps what it was.
     """
     switch = os.environ.get("UNDIVIDED_HOPPER")
     if switch in ("0", "1"):
         return switch == "1"
-    bounded = spec.left is not None or spec.right is not None
-    return (padded(inputs.q.shape[-1]), bounded) in FASTER[direction]
+    short = min(inputs.q.shape[2], inputs.k.shape[2]) < SHORTEST
+    kind = padded(inputs.q.shape[-1]), spec.right == 0
+    return not short and spec.left is None and spec.right in (None, 0) and kind in FASTER[direction]
 
 
 def padded(head_dim: int) -> int:
@@ -121,4 +127,4 @@ def _ask_the_machine(device: torch.device) -> tuple[str, ...]:
 
 def _number(version: str) -> tuple[int, ...]:
     """(3, 6) of "3.6.0+git"."""
-    return tuple(map(int, version.split(".")[:2]))
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))

@@ -192,7 +192,7 @@ def _compute(inputs: Inputs, spec: AttentionSpec, impl: str) -> Results:
             out, lse, max_logit = _allocate_forward(*inputs, *spec, impl)
             return out.zero_(), lse.fill_(-torch.inf), max_logit.fill_(-torch.inf)
         if len(CHAINS[impl]) > 1:
-            _say_if_untried(inputs.q.device)
+            _say_if_untried(CHAINS[impl][:-1], inputs.q.device)
         return _first_that_compiles(CHAINS[impl], "attention_forward", inputs, spec)
 
 
@@ -203,8 +203,12 @@ def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args
 
 
 def _call_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    """The operator, or its body where nothing listens."""
-    if type(args[0]) is Tensor and not _somebody_listens(Inputs(*args[4 : 4 + N_INPUTS])):
+    """The operator, or its body where nothing listens.
+
+    Autograd's is_grads_batched hands in a tensor of many gradients at once, which is none to look at.
+    """
+    batched = any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in args[:2])
+    if not batched and type(args[0]) is Tensor and not _somebody_listens(Inputs(*args[4 : 4 + N_INPUTS])):
         return _compute_backward(*args)
     gradients: tuple[Tensor, ...] = _backward_op(*args)
     return gradients
@@ -260,10 +264,10 @@ def _first_that_compiles(chain: tuple[str, ...], function: str, *args: Any) -> A
 
 
 @functools.cache
-def _say_if_untried(device: torch.device) -> None:
+def _say_if_untried(kernels: tuple[str, ...], device: torch.device) -> None:
     """Warn once where nobody has shown the kernels right on this kind of device."""
     architecture = evidence.architecture(device)
-    state = evidence.state_of("triton", architecture)
+    state = min((evidence.state_of(name, architecture) for name in kernels), key=evidence.STATES.index)
     if state != "run natively":
         warnings.warn(
             f"undivided: its kernels have not been checked on {architecture} (evidence: {state}); "

@@ -307,10 +307,10 @@ def test_untried_hardware_is_mentioned_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ops.evidence, "architecture", lambda device: "sm_1")
     ops._say_if_untried.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"not been checked on sm_1 \(evidence: no evidence\).*gpu.sh"):
-        ops._say_if_untried(torch.device("cpu"))
+        ops._say_if_untried(("triton",), torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ops._say_if_untried(torch.device("cpu"))
+        ops._say_if_untried(("triton",), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("axis", range(6))

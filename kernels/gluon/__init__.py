@@ -24,8 +24,12 @@ def attention_backward(
     spec: AttentionSpec,
     needs: Needs,
 ) -> Gradients:
-    """Gradients of one call, by the Hopper kernel if it takes it, else by those of `triton`."""
-    backward = _hopper_backward if hopper.has_backward(inputs, spec) else _portable_backward
+    """Gradients of one call, by the Hopper kernel if it takes it, else by those of `triton`.
+
+    It makes dq, dk and dv in one pass: where fewer are asked for, the others compute less.
+    """
+    wants_all = needs.dq and (needs.dk or needs.dv)
+    backward = _hopper_backward if wants_all and hopper.has_backward(inputs, spec) else _portable_backward
     return backward(dout, dlse, out, lse, inputs, spec, needs)
 
 

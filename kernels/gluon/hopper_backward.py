@@ -31,7 +31,7 @@ from ..triton.backward import room_for_statistics, row_statistics
 from ..triton.launch import positive_scale
 from . import compat, positions
 from .config import BACKWARD, KEYS, REGISTERS, BackwardTile
-from .hopper_forward import bounds_of
+from .hopper_forward import bounds_of, boxed
 from .launch import HopperLaunch, Tile
 
 GROUP_KEYS = gl.constexpr(64)
@@ -251,8 +251,7 @@ def attention_backward(
     The sum of dq is in float32, one tensor of q's shape.
     """
     q, k, v, sinks = inputs.q, inputs.k, inputs.v, inputs.sinks
-    if not descriptors.is_laid_out(dout):
-        dout = dout.clone(memory_format=torch.contiguous_format)
+    inputs, dout = boxed(inputs), descriptors.laid_out(dout)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     offset, delta = room_for_statistics(lse)
     dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .. import descriptors
 from ..hopper import padded
 from ..spec import AttentionSpec, Inputs, like
 from ..triton import replay
@@ -280,6 +281,7 @@ def attention_forward(
     """(out, lse, max_logit) of one call, outside autograd; as the Triton kernels' `attention_forward`."""
     q = inputs.q
     out = like(q, inputs.v.shape[3])
+    inputs = boxed(inputs)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     max_logit = torch.empty_like(lse) if spec.want_max else None
     replay.run(
@@ -326,7 +328,10 @@ def forward_launch(
         "heads_q": heads_q,
         "group": group,
         "planes": batch * heads_q,
-        "together": group * max(1, L2_FOR_KEYS // (2 * k[0, 0].numel() * k.element_size())),
+        # Bounded, for int32: it is multiplied by the number of tiles.
+        "together": min(
+            batch * heads_q, group * max(1, L2_FOR_KEYS // (2 * k[0, 0].numel() * k.element_size()))
+        ),
     }
     compute, load = REGISTERS[tile.groups]
     constants = {
@@ -340,6 +345,12 @@ def forward_launch(
     }
     programs = batch * heads_q * -(-seqlen_q // (GROUP_ROWS.value * tile.groups))
     return HopperLaunch(_forward_kernel, programs, arguments, constants)
+
+
+def boxed(inputs: Inputs) -> Inputs:
+    """The call with q, k and v of which boxes can be moved."""
+    q, k, v = map(descriptors.laid_out, inputs[:3])
+    return inputs._replace(q=q, k=k, v=v)
 
 
 def bounds_of(spec: AttentionSpec, seqlen_q: int, seqlen_k: int) -> tuple[int, int | None, int | None]:

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
-from ..triton.launch import current, failure, recall
+from ..triton.launch import current, failure, kind, recall
 
 
 class Tile(NamedTuple):
@@ -71,7 +71,7 @@ class HopperLaunch(NamedTuple):
 
     def recall(self, device: torch.device) -> None:
         """Raise the BuildError that an earlier attempt ended with."""
-        recall(self._variant(device))
+        recall(lambda: self._variant(device))
 
     def run(self, device: torch.device) -> Any:
         """Start the kernel on the current stream of the device its tensors are on; the compiled kernel.
@@ -88,7 +88,8 @@ class HopperLaunch(NamedTuple):
 
     def _variant(self, device: torch.device) -> Hashable:
         """All that decides what is compiled, for what."""
-        return self.kernel, device.index, *self.constants.values()
+        arguments = (x.tensor if isinstance(x, Tile) else x for x in self.arguments.values())
+        return self.kernel, device.index, *map(kind, arguments), *self.constants.values()
 
     def start(self) -> Any:
         """Compile if need be, and launch."""

@@ -1,8 +1,8 @@
 """Tile sizes and launch options: data, one row per kernel, architecture and head dimension.
 
 The rows of sm_90 for plain and causal calls are the fastest of those timed on an H200 (`bench/results`),
-of tiles that do not spill inside a loop. All others come from a static study: registers, spills, shared memory,
-instructions per score read from the compiled kernels, and a model of how they overlap.
+of tiles that do not spill inside a loop. All others come from a static study: registers, spills, shared
+memory, instructions per score read from the compiled kernels, and a model of how they overlap.
 """
 
 from __future__ import annotations

@@ -233,7 +233,11 @@ def forward_launch(
         if config is None:
             raise NotImplementedError(f"head_dim {head_dim} (v: {head_dim_v}) is larger than any tile")
     bounds = position_bounds(inputs, spec)
-    tma = config.tma and descriptors.why_not(inputs, spec) is None
+    tma = (
+        config.tma
+        and descriptors.why_not(inputs, spec) is None
+        and all(map(descriptors.is_laid_out, (q, k, v)))
+    )
     arguments: tuple[Any, ...] = (
         q, q.stride(), k, k.stride(), v, v.stride(), out, out.stride(), lse, max_logit,
         bias, broadcast_strides(bias), mask, broadcast_strides(mask),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -29,9 +29,9 @@ _not_built: dict[Hashable, str] = {}
 """Why, by what the compiler was given: to ask again would take seconds, at every call."""
 
 
-def recall(variant: Hashable) -> None:
-    """Raise the BuildError that an earlier attempt at a kernel ended with."""
-    if reason := _not_built.get(variant):
+def recall(variant: Callable[[], Hashable]) -> None:
+    """Raise the BuildError that an earlier attempt at a kernel ended with; variant is asked if any did."""
+    if _not_built and (reason := _not_built.get(variant())):
         raise BuildError(reason)
 
 
@@ -87,8 +87,7 @@ class Launch(NamedTuple):
 
     def recall(self, device: torch.device) -> None:
         """Raise the BuildError that an earlier attempt ended with."""
-        if _not_built:
-            recall(self._variant(device))
+        recall(lambda: self._variant(device))
 
     def _start(self, device: torch.device) -> Any:
         try:
@@ -99,13 +98,13 @@ class Launch(NamedTuple):
     def _variant(self, device: torch.device) -> Hashable:
         """All that decides what is compiled, for what."""
         constants = tuple(self.constants.values())
-        return self.kernel, architecture(device), _kind(self.arguments), constants, self.config
+        return self.kernel, architecture(device), kind(self.arguments), constants, self.config
 
 
-def _kind(x: Any) -> Hashable:
+def kind(x: Any) -> Hashable:
     """What Triton specialises a kernel on."""
     if isinstance(x, tuple):
-        return tuple(map(_kind, x))
+        return tuple(map(kind, x))
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
     if isinstance(x, int):
