@@ -1,26 +1,30 @@
-"""Host time of a call up to the driver's launch, in microseconds. No GPU: the launches are stubbed out.
+"""Host time of a call up to the driver, in microseconds, without a GPU: the driver is a stand-in.
 
-`python -m undivided.bench.launch_cost`. Measured is what Python and PyTorch do: validation, the
-operator, autograd, filling in arguments, Triton's specialisation of them. The driver's own launch, a
-few microseconds each, comes on top.
+`python -m undivided.bench.launch_cost`. Measured is what Python, PyTorch and Triton do: validation, the
+choice, the operator, autograd, filling in arguments, Triton's specialisation of them and its launcher in C.
+What the driver adds, a few microseconds for each launch, comes on top.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
-from ..kernels import ops
-from ..kernels.functional import prepare
+from ..kernels import dispatch, hopper
+from ..kernels.functional import attention, prepare
 from ..kernels.spec import AttentionOptions
 
 REPEATS, BATCH = 300, 3
@@ -41,8 +45,8 @@ def host_us() -> dict[str, float]:
     surroundings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "undivided.bench.launch_cost"]
     done = subprocess.run(command, capture_output=True, text=True, env=surroundings)
-    figures = json.loads(done.stdout) if done.returncode == 0 else {}
-    return {name: us for name, us in figures.items() if not name.startswith("launches")}
+    figures: dict[str, float] = json.loads(done.stdout) if done.returncode == 0 else {}
+    return figures
 
 
 def measure() -> dict[str, float]:
@@ -50,39 +54,50 @@ def measure() -> dict[str, float]:
 
     CPU tensors stand for a GPU's: they cost the host as much, and the tiles they get do not matter.
     """
-    from .static.absent_gpu import absent_gpu  # imports triton, which need not be there
+    from ..kernels.triton import replay
+    from .static.idle_gpu import idle_gpu  # imports triton, which need not be there
     from .static.targets import TARGETS
 
-    q, k, v = (torch.randn(1, 2, 16, 64, dtype=torch.float16, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 16, 128, dtype=torch.float16, requires_grad=True) for _ in range(3))
     dout = torch.randn_like(q)
     options: AttentionOptions = {"causal": True}
 
-    def forward() -> torch.Tensor:
-        inputs, spec = prepare(q, k, v, options)
-        return ops.attention(inputs, spec, "triton")[0]
-
-    def forward_without_gradients() -> None:
+    def forward(impl: str) -> None:
         with torch.no_grad():
-            forward()
+            attention(q, k, v, causal=True, impl=impl)
 
-    def forward_backward() -> None:
-        torch.autograd.grad(forward(), (q, k, v), dout)
+    def new_forward(impl: str) -> None:
+        replay.forget()
+        forward(impl)
+
+    def forward_backward(impl: str) -> None:
+        torch.autograd.grad(attention(q, k, v, causal=True, impl=impl), (q, k, v), dout)
 
     def sdpa() -> None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         torch.autograd.grad(out, (q, k, v), dout)
 
-    with absent_gpu(TARGETS["sm_90"]) as launches:
-        figures = {
-            "validation": microseconds(lambda: prepare(q, k, v, options)),
-            "forward": microseconds(forward_without_gradients),
-            "forward + backward": microseconds(forward_backward),
-            "PyTorch's SDPA on these 16 x 16 scores, forward + backward": microseconds(sdpa),
-        }
-        launches.clear()
-        forward_backward()
-        figures["launches, forward + backward"] = len(launches)
+    figures = {"validation": microseconds(lambda: prepare(q, k, v, options))}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        idle_gpu(TARGETS["sm_90"], Path(folder)),
+        mock.patch.object(dispatch, "_ask_the_machine", _no_reasons),
+        mock.patch.object(hopper, "_ask_the_machine", _no_reasons),
+    ):
+        for impl in ("triton", "gluon"):
+            for name, call in (
+                ("forward", forward),
+                ("forward of a shape not seen before", new_forward),
+                ("forward + backward", forward_backward),
+            ):
+                figures[f"{impl}, {name}"] = microseconds(functools.partial(call, impl))
+    figures["PyTorch's SDPA on these 16 x 16 scores, forward + backward"] = microseconds(sdpa)
     return figures
+
+
+def _no_reasons(device: torch.device) -> tuple[str, ...]:
+    """What the machine would answer; a mock takes longer than what is measured."""
+    return ()
 
 
 def microseconds(call: Callable[[], Any]) -> float:

@@ -47,7 +47,7 @@ def _nothing_known() -> Iterator[None]:
         warnings.simplefilter("ignore")
         ops._say_if_untried(("triton",), Q.device)
     ops._say_once.cache_clear()
-    replay._known.clear()
+    replay.forget()
     yield
     launch._not_built.clear()
 

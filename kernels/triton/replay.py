@@ -25,8 +25,9 @@ from triton.runtime.jit import JITFunction
 from .launch import scratch
 
 MOST_REMEMBERED = 512
-_known: dict[Hashable, _Call] = {}
-"""By all that decides what is launched, but for the device: `_Call` says that. No tensor is kept."""
+_known: dict[Hashable, _Call | None] = {}
+"""By all that decides what is launched, but for the device: `_Call` says that. No tensor is kept.
+None: met once, and what is never met again is not worth more."""
 
 EXPECTED = (
     "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata,",
@@ -84,7 +85,8 @@ class _Call(NamedTuple):
     def may_be_repeated(self) -> bool:
         """Whether it would be launched on the same device, and nobody wants to see how."""
         return (
-            nobody_listens()
+            bool(self.starts)
+            and nobody_listens()
             and self.device == driver.active.get_current_device()
             and not any(start.kernel.pre_run_hooks for start in self.starts)
         )
@@ -127,8 +129,17 @@ def run(
     launches = describe()
     for launch in launches:
         launch.recall(device)
-    _remember(variant, launches, [launch.run(device) for launch in launches], tensors)
+    compiled = [launch.run(device) for launch in launches]
+    if variant not in _known:
+        _keep(variant, None)
+    elif call is None or call.starts:
+        _remember(variant, launches, compiled, tensors)
     return None
+
+
+def forget() -> None:
+    """Let every call be its first."""
+    _known.clear()
 
 
 _switches = operator.attrgetter("launch_enter_hook.calls", "launch_exit_hook.calls", "debug")
@@ -161,7 +172,7 @@ def _remember(
     compiled: Sequence[Any],
     tensors: Sequence[Tensor | None],
 ) -> None:
-    """Keep what `_Start.again` needs; nothing if a launch depends on what other calls may have otherwise."""
+    """Keep what `_Start.again` needs; no starts if what is launched depends on more than the variant."""
     numbers = {id(x): number for number, x in enumerate(tensors) if x is not None}
     # With one tensor in two places, nobody can tell which of them a parameter is.
     if len(numbers) + sum(x is None for x in tensors) < len(tensors) or not nobody_listens():
@@ -170,11 +181,16 @@ def _remember(
     for launch, kernel in zip(launches, compiled, strict=True):
         start = _start(launch, kernel, numbers)
         if start is None:
+            _keep(variant, _Call(None, []))
             return
         starts.append(start)
-    if len(_known) >= MOST_REMEMBERED:
+    _keep(variant, _Call(driver.active.get_current_device(), starts))
+
+
+def _keep(variant: Hashable, call: _Call | None) -> None:
+    if len(_known) >= MOST_REMEMBERED and variant not in _known:
         _known.clear()
-    _known[variant] = _Call(driver.active.get_current_device(), starts)
+    _known[variant] = call
 
 
 def _start(launch: Described, compiled: Any, numbers: dict[int, int]) -> _Start | None:
