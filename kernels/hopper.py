@@ -40,10 +40,8 @@ def unsupported_reasons(inputs: Inputs, spec: AttentionSpec) -> list[str]:
             reasons.append(f"{name} {head_dim} is larger than {MAX_HEAD_DIM}")
         if head_dim % 8:
             reasons.append(f"{name} {head_dim} is no multiple of 8: no box can be written to such rows")
-    if padded(q.shape[-1]) != padded(v.shape[-1]):
-        reasons.append(
-            f"head_dim {q.shape[-1]} and head_dim of v {v.shape[-1]} need tiles of different sizes"
-        )
+    if padded(q.shape[-1]) < padded(v.shape[-1]):
+        reasons.append(f"head_dim {q.shape[-1]} takes smaller tiles than that of v, {v.shape[-1]}")
     asked = (
         ("bias", inputs.bias is not None),
         ("ALiBi", inputs.slopes is not None),
@@ -73,7 +71,8 @@ def has_backward(inputs: Inputs, spec: AttentionSpec) -> bool:
     every_row_sees = (spec.right is None or first + spec.right >= 0) and (
         spec.left is None or first + seqlen_q - 1 - spec.left < seqlen_k
     )
-    small = max(inputs.q.shape[-1], inputs.v.shape[-1]) <= MAX_HEAD_DIM_BACKWARD
+    head_dim, head_dim_v = padded(inputs.q.shape[-1]), padded(inputs.v.shape[-1])
+    small = head_dim == head_dim_v <= MAX_HEAD_DIM_BACKWARD
     in_order = spec.deterministic or torch.are_deterministic_algorithms_enabled()  # since forward, perhaps
     return small and every_row_sees and not in_order and not spec.precise
 
@@ -88,8 +87,15 @@ def is_faster(direction: str, inputs: Inputs, spec: AttentionSpec) -> bool:
     if switch in ("0", "1"):
         return switch == "1"
     short = min(inputs.q.shape[2], inputs.k.shape[2]) < SHORTEST
-    kind = padded(inputs.q.shape[-1]), spec.right == 0
-    return not short and spec.left is None and spec.right in (None, 0) and kind in FASTER[direction]
+    head_dim, head_dim_v = padded(inputs.q.shape[-1]), padded(inputs.v.shape[-1])
+    kind = head_dim, spec.right == 0
+    return (
+        not short
+        and head_dim == head_dim_v
+        and spec.left is None
+        and spec.right in (None, 0)
+        and kind in FASTER[direction]
+    )
 
 
 def padded(head_dim: int) -> int:

@@ -54,11 +54,16 @@ OPTIONS: dict[str, contract.AttentionOptions] = {
 }
 
 
+NARROW_V = {192: 128}
+"""head_dim -> that of v, where models have them differ (DeepSeek-V3: 128 channels, and 64 with positions)."""
+
+
 def full() -> list[tuple[str, Variant]]:
     """Everything that ships."""
     cases = [
         *itertools.product(config.FORWARD, ("bfloat16",), OPTIONS),
         *itertools.product(config.FORWARD, ("float16",), ("plain",)),
+        *itertools.product(NARROW_V, ("bfloat16",), OPTIONS),
     ]
     return [(ARCHITECTURE, Variant(*case, implementation="gluon")) for case in cases]
 
@@ -75,7 +80,8 @@ def launches(
     """`launches_of` a call that is such a variant."""
     dtype = getattr(torch, variant.dtype)
     q = _tensor(BATCH, HEADS_Q, SEQLEN, variant.head_dim, dtype=dtype)
-    k, v = (_tensor(BATCH, HEADS_KV, SEQLEN, variant.head_dim, dtype=dtype) for _ in range(2))
+    head_dims = variant.head_dim, NARROW_V.get(variant.head_dim, variant.head_dim)
+    k, v = (_tensor(BATCH, HEADS_KV, SEQLEN, head_dim, dtype=dtype) for head_dim in head_dims)
     options: contract.AttentionOptions = {**contract.DEFAULTS, **OPTIONS[variant.options]}
     inputs = make_inputs(q, k, v, options)
     spec = make_spec(variant.head_dim, options, top_left=False, tf32=False)
@@ -119,7 +125,7 @@ def compile_launch(launch: HopperLaunch, variant: Variant) -> Row:
         return Row(ARCHITECTURE, name, variant, None, root_cause(reason))
     tile = _tile(launch.constants)
     head_dim = launch.constants["HEAD_DIM"]
-    work = model.work(name, head_dim, head_dim, tile)
+    work = model.work(name, head_dim, launch.constants.get("HEAD_DIM_V", head_dim), tile)
     found = figures(launched[0].kernel, target, work, tile)
     stages = launch.constants["STAGES" if "STAGES" in launch.constants else "STAGES_Q"]
     found = replace(found, num_stages=stages, assembly=said[launch.kernel.__name__])

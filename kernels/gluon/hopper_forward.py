@@ -46,7 +46,7 @@ def _load(
 ):  # fmt: skip
     """The warp that loads: queries once, then tiles of keys and values, last first, as rings have room."""
     q_desc, k_desc, v_desc = tensors
-    q_tiles, k_tiles, v_tiles = buffers
+    q_tiles, k_tiles, v_tiles, _ = buffers
     q_full, k_full, k_empty, v_full, v_empty = barriers
     seqlen_q, seqlen_k, heads_q, planes, together = sizes
     shift, left, right = bounds
@@ -101,19 +101,19 @@ def _scores(q, k_tiles, stage, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, LA
 def _compute(
     outputs, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    HEAD_DIM: gl.constexpr, TAKE_TURNS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, TAKE_TURNS: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that computes: its 64 rows of the outputs."""
     out_desc, lse_ptr, max_ptr = outputs
     DTYPE: gl.constexpr = out_desc.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, BLOCK_K, 16])
-    OUT_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, HEAD_DIM, 16])
+    OUT_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, HEAD_DIM_V, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT_LAYOUT, k_width=2)
     ROWS: gl.constexpr = GROUP_ROWS * GROUPS
     MY_TURN: gl.constexpr = FIRST_TURN + GROUP
     NEXT_TURN: gl.constexpr = FIRST_TURN + (GROUP + 1) % GROUPS
     TWO_GROUPS: gl.constexpr = 256  # threads: the one that waits and the one that lets it
-    q_tiles, k_tiles, v_tiles = buffers
+    q_tiles, k_tiles, v_tiles, out_tiles = buffers
     q_full, k_full, k_empty, v_full, v_empty = barriers
     seqlen_q, seqlen_k, heads_q, planes, together = sizes
     shift, left, right = bounds
@@ -125,9 +125,9 @@ def _compute(
     whole_lo, whole_hi = positions.keys_seen_by_all(first_row, seqlen_k, shift, left, right, GROUP_ROWS)
     last_start = (first + n_tiles - 1) * BLOCK_K
 
-    q_tile = q_tiles.index(GROUP)
-    q = q_tile.reshape([GROUP_ROWS, HEAD_DIM])
-    acc = gl.zeros([GROUP_ROWS, HEAD_DIM], gl.float32, layout=OUT_LAYOUT)
+    q = q_tiles.index(GROUP).reshape([GROUP_ROWS, HEAD_DIM])
+    out_tile = out_tiles.index(GROUP)
+    acc = gl.zeros([GROUP_ROWS, HEAD_DIM_V], gl.float32, layout=OUT_LAYOUT)
     row_max = gl.full([GROUP_ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
     row_sum = gl.full([GROUP_ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
     mbarrier.wait(q_full.index(GROUP), 0)
@@ -152,7 +152,7 @@ def _compute(
                 compat.meet(MY_TURN, TWO_GROUPS)
             s = _scores(q, k_tiles, stage, BLOCK_K, HEAD_DIM, S_LAYOUT)
             mbarrier.wait(v_full.index(before), ((j - 1) // STAGES) & 1)
-            v = v_tiles.index(before).reshape([BLOCK_K, HEAD_DIM])
+            v = v_tiles.index(before).reshape([BLOCK_K, HEAD_DIM_V])
             acc = warpgroup_mma(weights, v, acc, is_async=True)
             if TAKE_TURNS:
                 compat.pass_by(NEXT_TURN, TWO_GROUPS)
@@ -175,7 +175,7 @@ def _compute(
             weights = gl.convert_layout(weights, P_LAYOUT)
         last = (n_tiles - 1) % STAGES
         mbarrier.wait(v_full.index(last), ((n_tiles - 1) // STAGES) & 1)
-        v = v_tiles.index(last).reshape([BLOCK_K, HEAD_DIM])
+        v = v_tiles.index(last).reshape([BLOCK_K, HEAD_DIM_V])
         acc = warpgroup_mma(weights, v, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
 
@@ -193,9 +193,9 @@ def _compute(
     share = gl.where(empty, 0.0, share)
     share = gl.convert_layout(share, gl.SliceLayout(1, OUT_LAYOUT))[:, None]
     out = gl.where(share == 0.0, 0.0, acc * share)
-    q.store(out.to(DTYPE))
+    out_tile.reshape([GROUP_ROWS, HEAD_DIM_V]).store(out.to(DTYPE))
     fence_async_shared()
-    compat.store_tile(out_desc, [batch, head, first_row, 0], q_tile)
+    compat.store_tile(out_desc, [batch, head, first_row, 0], out_tile)
     rows = first_row + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     before = (batch * heads_q + head).to(gl.int64) * seqlen_q
     gl.store(lse_ptr + before + rows, lse, mask=rows < seqlen_q)
@@ -220,14 +220,19 @@ def _compute(
 def _forward_kernel(
     q_desc, k_desc, v_desc, out_desc, lse_ptr, max_ptr, sinks_ptr, unit, scale,
     seqlen_q, seqlen_k, shift, left, right, heads_q, group, planes, together,
-    HEAD_DIM: gl.constexpr, BLOCK_K: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    TAKE_TURNS: gl.constexpr, REGISTERS_COMPUTE: gl.constexpr, REGISTERS_LOAD: gl.constexpr,
+    HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_K: gl.constexpr, GROUPS: gl.constexpr,
+    STAGES: gl.constexpr, TAKE_TURNS: gl.constexpr,
+    REGISTERS_COMPUTE: gl.constexpr, REGISTERS_LOAD: gl.constexpr,
 ):  # fmt: skip
     """out = softmax(scores) · v and lse of 64 query rows for each group; unit is scale·log2 e > 0."""
     DTYPE: gl.constexpr = q_desc.dtype
     q_tiles = gl.allocate_shared_memory(DTYPE, [GROUPS, 1, 1, GROUP_ROWS, HEAD_DIM], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_K, HEAD_DIM], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_K, HEAD_DIM], v_desc.layout)
+    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_K, HEAD_DIM_V], v_desc.layout)
+    if HEAD_DIM_V == HEAD_DIM:
+        out_tiles = q_tiles  # read for the last time when out is complete
+    else:
+        out_tiles = gl.allocate_shared_memory(DTYPE, [GROUPS, 1, 1, GROUP_ROWS, HEAD_DIM_V], out_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -242,7 +247,7 @@ def _forward_kernel(
         mbarrier.init(v_empty.index(stage), count=GROUPS)
     tensors = (q_desc, k_desc, v_desc)
     outputs = (out_desc, lse_ptr, max_ptr)
-    buffers = (q_tiles, k_tiles, v_tiles)
+    buffers = (q_tiles, k_tiles, v_tiles, out_tiles)
     barriers = (q_full, k_full, k_empty, v_full, v_empty)
     sizes = (seqlen_q, seqlen_k, heads_q, planes, together)
     bounds = (shift, left, right)
@@ -251,9 +256,9 @@ def _forward_kernel(
         gl.warp_specialize(
             [
                 (_compute, (outputs, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
-                            0, GROUPS, BLOCK_K, STAGES, HEAD_DIM, TAKE_TURNS)),
+                            0, GROUPS, BLOCK_K, STAGES, HEAD_DIM, HEAD_DIM_V, TAKE_TURNS)),
                 (_compute, (outputs, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
-                            1, GROUPS, BLOCK_K, STAGES, HEAD_DIM, TAKE_TURNS)),
+                            1, GROUPS, BLOCK_K, STAGES, HEAD_DIM, HEAD_DIM_V, TAKE_TURNS)),
                 (_load, (tensors, buffers, barriers, sizes, group, bounds, GROUPS, BLOCK_K, STAGES)),
             ],
             [4, 1],
@@ -263,11 +268,11 @@ def _forward_kernel(
         gl.warp_specialize(
             [
                 (_compute, (outputs, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
-                            0, GROUPS, BLOCK_K, STAGES, HEAD_DIM, TAKE_TURNS)),
+                            0, GROUPS, BLOCK_K, STAGES, HEAD_DIM, HEAD_DIM_V, TAKE_TURNS)),
                 (_compute, (outputs, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
-                            1, GROUPS, BLOCK_K, STAGES, HEAD_DIM, TAKE_TURNS)),
+                            1, GROUPS, BLOCK_K, STAGES, HEAD_DIM, HEAD_DIM_V, TAKE_TURNS)),
                 (_compute, (outputs, sinks_ptr, buffers, barriers, unit, scale, sizes, bounds,
-                            2, GROUPS, BLOCK_K, STAGES, HEAD_DIM, TAKE_TURNS)),
+                            2, GROUPS, BLOCK_K, STAGES, HEAD_DIM, HEAD_DIM_V, TAKE_TURNS)),
                 (_load, (tensors, buffers, barriers, sizes, group, bounds, GROUPS, BLOCK_K, STAGES)),
             ],
             [4, 4, 1],
@@ -305,16 +310,16 @@ def forward_launch(
     q, k, v, sinks = inputs.q, inputs.k, inputs.v, inputs.sinks
     batch, heads_q, seqlen_q, head_dim = q.shape
     heads_kv, seqlen_k = k.shape[1:3]
-    head_dim = padded(head_dim)
+    head_dim, head_dim_v = padded(head_dim), padded(v.shape[3])
     tile = tile or FORWARD[head_dim]
-    queries, keys = (1, 1, GROUP_ROWS.value, head_dim), (1, 1, tile.block_k, head_dim)
+    rows, keys = (1, 1, GROUP_ROWS.value), (1, 1, tile.block_k)
     shift, left, right = bounds_of(spec, seqlen_q, seqlen_k)
     group = heads_q // heads_kv
     arguments: dict[str, Any] = {
-        "q_desc": Tile(q, queries),
-        "k_desc": Tile(k, keys),
-        "v_desc": Tile(v, keys),
-        "out_desc": Tile(out, queries),
+        "q_desc": Tile(q, (*rows, head_dim)),
+        "k_desc": Tile(k, (*keys, head_dim)),
+        "v_desc": Tile(v, (*keys, head_dim_v)),
+        "out_desc": Tile(out, (*rows, head_dim_v)),
         "lse_ptr": lse,
         "max_ptr": max_logit,
         "sinks_ptr": None if sinks is None else sinks.contiguous(),
@@ -336,6 +341,7 @@ def forward_launch(
     compute, load = REGISTERS[tile.groups]
     constants = {
         "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
         "BLOCK_K": tile.block_k,
         "GROUPS": tile.groups,
         "STAGES": tile.stages,
