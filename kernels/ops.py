@@ -207,11 +207,15 @@ def _call_backward(*args: Any) -> tuple[Tensor | None, ...]:
 
     Autograd's is_grads_batched hands in a tensor of many gradients at once, which is none to look at.
     """
-    batched = any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in args[:2])
-    if not batched and type(args[0]) is Tensor and not _somebody_listens(Inputs(*args[4 : 4 + N_INPUTS])):
+    listening = type(args[0]) is not Tensor or _somebody_listens(Inputs(*args[4 : 4 + N_INPUTS]))
+    if not listening and not any(map(_is_batched, args[:2])):
         return _compute_backward(*args)
     gradients: tuple[Tensor, ...] = _backward_op(*args)
     return gradients
+
+
+def _is_batched(x: Tensor | None) -> bool:
+    return x is not None and torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def _compute_backward(

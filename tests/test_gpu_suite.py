@@ -32,7 +32,7 @@ PLAIN = f"""
 import pytest, torch
 
 @pytest.mark.parametrize("i", range(6))
-def test_plain(i: int, {TAKES}) -> None:
+def test_fallback(i: int, {TAKES}) -> None:
     pass
 """
 WRONG = f"""
@@ -71,7 +71,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "pyproject.toml": settings,
         "kernels/triton/forward.py": "",
         "tests/conftest.py": CONFTEST,
-        "tests/test_plain.py": PLAIN,
+        "tests/test_fallback.py": PLAIN,
         "tests/test_house.py": HOUSE,
     }
     for name, content in contents.items():
@@ -102,7 +102,7 @@ def asked(root: Path) -> list[str]:
     return sorted(names)
 
 
-PLAINS = [f"test_plain[{i}]" for i in range(6)]
+PLAINS = [f"test_fallback[{i}]" for i in range(6)]
 
 
 def test_every_end_of_a_test_is_noted(root: Path) -> None:
@@ -123,7 +123,7 @@ def test_every_end_of_a_test_is_noted(root: Path) -> None:
     assert failed.keys() == words.keys()
     for test, word in words.items():
         assert word in failed[test]
-    assert asked(root) == ["test_crash", "test_fault", *PLAINS, "test_skip", "test_wrong[triton]"]
+    assert asked(root) == ["test_crash", *PLAINS, "test_fault", "test_skip", "test_wrong[triton]"]
 
     (root / "mended").touch()
     (root / "tests" / "test_unreadable.py").unlink()
@@ -145,13 +145,13 @@ def test_answers_for_other_sources_do_not_count(root: Path) -> None:
     path, tiny = root / "work" / "journal", root / "tests" / "test_triton_tiny.py"
     tiny.write_text(PLAIN.replace("pass", "assert i != 2"))
     assert len(ask(root).passed) == 11
-    plain = root / "tests" / "test_plain.py"
+    plain = root / "tests" / "test_fallback.py"
     plain.write_text(PLAIN + "\n")
     edited = Journal(path, root).standing()
     assert (len(edited.passed), len(edited.failed), edited.left) == (5, 1, None)
     asked(root)
     assert len(ask(root).passed) == 11
-    assert asked(root) == sorted([*PLAINS, "test_plain[2]"])
+    assert asked(root) == sorted([*PLAINS, "test_fallback[2]"])
     first, second = (json.loads(line)["asking"] for line in path.read_text().splitlines() if "asking" in line)
     assert ["triton" in test for test in first] == [True] * 6 + [False] * 6
     assert first != sorted(first)
