@@ -196,7 +196,7 @@ BUSY: Mapping[str, Mapping[Kernel, Mapping[int, TileConfig]]] = {
 
 # Calls that ask ranges alone, and those that go through lists of tiles, which are busy as well.
 _AMPERE_RANGES: Mapping[Kernel, Mapping[int, TileConfig]] = {
-    "forward": {64: TileConfig(128, 64, 8, 2)},
+    "forward": {64: TileConfig(128, 64, 8, 2), 128: TileConfig(128, 64, 8, 2)},
     "dq": {128: TileConfig(128, 32, 8, 2)},
 }
 _CONSUMER_RANGES: Mapping[Kernel, Mapping[int, TileConfig]] = {
