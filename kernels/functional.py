@@ -103,9 +103,8 @@ def attention(
         precise: for 16-bit inputs, no rounding of out reaches backward's delta, rowsum(dout·out) = Σ P·dP:
             dq and dk keep their digits where values share a mean, for seven products instead of five.
         check: also check values that live on the device (key_lengths, what masks hold); synchronises.
-        impl: "auto", "reference", "fallback", "triton" or "gluon". None: the environment variable
-            UNDIVIDED_IMPL, else "auto", which never raises for valid input; an order that cannot be followed
-            raises.
+        impl: "auto", "reference", "fallback", "triton" or "gluon". None: the variable UNDIVIDED_IMPL, else
+            "auto", which never raises for valid input; an order that cannot be followed raises.
 
     out and lse are differentiable twice in q, k, v and all that is called differentiable here, by reverse and
     forward mode, but for forward mode of forward mode; entropy once, by reverse mode.

@@ -27,11 +27,13 @@ from .. import sinks as attention_sinks
 from ..hopper import padded
 from ..spec import AttentionSpec, Gradients, Inputs, Needs, like
 from ..triton import replay
-from ..triton.backward import room_for_statistics, row_statistics
+from ..triton.backward import room_for_statistics, row_statistics_launch
 from ..triton.launch import positive_scale
+from ..triton.softmax import LOG2E
+from ..triton.visible import position_bounds
 from . import compat, positions
 from .config import BACKWARD, KEYS, REGISTERS, BackwardTile
-from .hopper_forward import bounds_of, boxed
+from .hopper_forward import boxed
 from .launch import HopperLaunch, Tile
 
 GROUP_KEYS = gl.constexpr(64)
@@ -40,7 +42,6 @@ DS_WRITTEN = gl.constexpr(8)
 DS_READ = gl.constexpr(9)
 """Hardware barriers of the two groups that compute."""
 BOTH_GROUPS = gl.constexpr(256)
-LOG2E = 1.4426950408889634
 
 
 @gluon.jit
@@ -194,7 +195,7 @@ def _backward_kernel(
     HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES_Q: gl.constexpr, STAGES_DOUT: gl.constexpr,
     STAGES_DS: gl.constexpr, REGISTERS_COMPUTE: gl.constexpr, REGISTERS_LOAD: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of 128 keys, and what these add to dq / scale; offset and delta: `row_statistics`."""
+    """dk and dv of 128 keys, and what these add to dq / scale; offset and delta: `row_statistics_launch`."""
     DTYPE: gl.constexpr = q_desc.dtype
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     k_tile = gl.allocate_shared_memory(DTYPE, k_desc.block_type.shape, k_desc.layout)
@@ -261,7 +262,7 @@ def attention_backward(
         (*inputs, dout, dlse, out, lse, offset, delta, dq_sum, dk, dv),
         q.device,
         lambda: [
-            row_statistics(dout, dlse, out, lse, offset, delta, inputs, spec),
+            row_statistics_launch(dout, dlse, out, lse, None, offset, delta, inputs, spec),
             backward_launch(dout, offset, delta, inputs, spec, dq_sum, dk, dv, tile),
         ],
     )
@@ -289,7 +290,7 @@ def backward_launch(
     heads_kv, seqlen_k = k.shape[1:3]
     head_dim = padded(head_dim)
     tile = tile or BACKWARD[head_dim]
-    shift, left, right = bounds_of(spec, seqlen_q, seqlen_k)
+    shift, left, right = position_bounds(inputs, spec)
     rows, keys = (1, 1, tile.block_q, head_dim), (1, 1, KEYS, head_dim)
     group_keys = (1, 1, GROUP_KEYS.value, head_dim)
     arguments: dict[str, Any] = {
@@ -302,7 +303,7 @@ def backward_launch(
         "dq_desc": Tile(dq_sum, (1, 1, tile.block_q, head_dim // 2)),
         "dk_desc": Tile(dk, group_keys),
         "dv_desc": Tile(dv, group_keys),
-        "unit": positive_scale(spec.scale) * LOG2E,
+        "unit": positive_scale(spec.scale) * LOG2E.value,
         "scale": spec.scale,
         "seqlen_q": seqlen_q,
         "seqlen_k": seqlen_k,

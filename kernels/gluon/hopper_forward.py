@@ -26,6 +26,8 @@ from ..hopper import padded
 from ..spec import AttentionSpec, Inputs, like
 from ..triton import replay
 from ..triton.launch import positive_scale
+from ..triton.softmax import LOG2E
+from ..triton.visible import position_bounds
 from . import compat, positions
 from .config import FORWARD, REGISTERS, ForwardTile
 from .launch import HopperLaunch, Tile
@@ -33,7 +35,6 @@ from .launch import HopperLaunch, Tile
 GROUP_ROWS = gl.constexpr(64)
 FIRST_TURN = gl.constexpr(8)
 """Number of the first group's hardware barrier."""
-LOG2E = gl.constexpr(1.4426950408889634)
 HUGE_SCORE = gl.constexpr(2.0**27)
 """Above it, fp32 can no longer hold a base-2 score to less than one unit."""
 L2_FOR_KEYS = 32 * 2**20
@@ -313,7 +314,7 @@ def forward_launch(
     head_dim, head_dim_v = padded(head_dim), padded(v.shape[3])
     tile = tile or FORWARD[head_dim]
     rows, keys = (1, 1, GROUP_ROWS.value), (1, 1, tile.block_k)
-    shift, left, right = bounds_of(spec, seqlen_q, seqlen_k)
+    shift, left, right = position_bounds(inputs, spec)
     group = heads_q // heads_kv
     arguments: dict[str, Any] = {
         "q_desc": Tile(q, (*rows, head_dim)),
@@ -357,9 +358,3 @@ def boxed(inputs: Inputs) -> Inputs:
     """The call with q, k and v of which boxes can be moved."""
     q, k, v = map(descriptors.laid_out, inputs[:3])
     return inputs._replace(q=q, k=k, v=v)
-
-
-def bounds_of(spec: AttentionSpec, seqlen_q: int, seqlen_k: int) -> tuple[int, int | None, int | None]:
-    """(shift, left, right), none of them larger than any distance there is."""
-    left, right = (None if x is None else min(x, seqlen_q + seqlen_k) for x in (spec.left, spec.right))
-    return spec.shift(seqlen_q, seqlen_k), left, right

@@ -246,7 +246,7 @@ def _launches(
     added = slopes if bias is None else bias
     sums_products = spec.precise and q.element_size() == 2
     launches = [
-        _row_statistics_launch(
+        row_statistics_launch(
             dout, dlse, None if sums_products else out, lse, added, offset, delta, inputs, spec
         )
     ]
@@ -283,21 +283,6 @@ def room_for_statistics(lse: Tensor) -> tuple[Tensor, Tensor]:
     return offset, delta
 
 
-def row_statistics(
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    offset: Tensor,
-    delta: Tensor,
-    inputs: Inputs,
-    spec: AttentionSpec,
-) -> Launch:
-    """The launch that fills `room_for_statistics` as `_row_statistics_kernel` says; dout and out as in
-    `attention_backward`, dlse and lse dense."""
-    return _row_statistics_launch(dout, dlse, out, lse, None, offset, delta, inputs, spec)
-
-
 def _by_row(delta: Tensor, inputs: Inputs) -> Tensor:
     """delta as (batch, heads_q, seqlen_q), without the padding that `tiles.statistics_of` describes."""
     batch, heads_q, seqlen_q, _ = inputs.q.shape
@@ -312,7 +297,7 @@ def _strides(x: Tensor | None) -> tuple[int, ...] | None:
     return None if x is None else x.stride()
 
 
-def _row_statistics_launch(
+def row_statistics_launch(
     dout: Tensor,
     dlse: Tensor | None,
     out: Tensor | None,
@@ -323,6 +308,7 @@ def _row_statistics_launch(
     inputs: Inputs,
     spec: AttentionSpec,
 ) -> Launch:
+    """The launch that fills offset and delta as `_row_statistics_kernel` says; dlse and lse dense."""
     _, heads, seqlen_q, head_dim_v = dout.shape
     tile = ROW_STATISTICS
     arguments = (
